@@ -139,7 +139,7 @@ def run_native(native, batch: int, new: int = NEW, prompt: int = PROMPT) -> None
     assert all(len(result.outputs[0].token_ids) == new for result in results)
 
 
-def paired(benchmark, name: str, run, baselines: dict, rounds: int = ROUNDS, **info) -> None:
+def time_with_baselines(benchmark, name: str, run, baselines: dict, rounds: int = ROUNDS, **info) -> None:
     """Time `run`, and each baseline before each round of it; ratios are baseline seconds / seconds of `run`."""
     seconds: dict[str, list[float]] = {baseline: [] for baseline in baselines}
     run_seconds: list[float] = []
@@ -150,12 +150,12 @@ def paired(benchmark, name: str, run, baselines: dict, rounds: int = ROUNDS, **i
             call()
             seconds[baseline].append(time.perf_counter() - start)
 
-    def timed():
+    def time_run():
         start = time.perf_counter()
         run()
         run_seconds.append(time.perf_counter() - start)
 
-    benchmark.pedantic(timed, setup=take_turns, rounds=rounds, iterations=1, warmup_rounds=1)
+    benchmark.pedantic(time_run, setup=take_turns, rounds=rounds, iterations=1, warmup_rounds=1)
     for baseline, times in seconds.items():
         ratios = [t / o for t, o in zip(times[1:], run_seconds[1:], strict=True)]  # without the warm-up
         low, middle, high = statistics.quantiles(ratios, n=4)
@@ -174,7 +174,7 @@ def against_native(benchmark, twin, native, name: str, sides: dict[str, int], ru
     runner = twin.executor.worker_info.runner
     assert runner == get_runner(native), "the two sides run different model runners"
     baselines = {side: lambda n=n: run_native(native, n, new, prompt) for side, n in sides.items()}
-    paired(benchmark, name, run, baselines, runner=runner, new=new, prompt=prompt, **info)
+    time_with_baselines(benchmark, name, run, baselines, runner=runner, new=new, prompt=prompt, **info)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -216,7 +216,9 @@ def test_windows(benchmark, twin):
     patches = [Patch("sft", "dpo", RANKING, (i, i + K)) for i in range(32)]
     baselines = {"one window": lambda: run_twin(twin, 32)}
     runner = twin.executor.worker_info.runner
-    paired(benchmark, "32 windows", lambda: run_twin(twin, 32, patches), baselines, batch=32, runner=runner)
+    time_with_baselines(
+        benchmark, "32 windows", lambda: run_twin(twin, 32, patches), baselines, batch=32, runner=runner
+    )
 
 
 def test_statistics(benchmark, twin):
@@ -230,7 +232,9 @@ def test_statistics(benchmark, twin):
         assert (statistics.count == (32 * (PROMPT + NEW - 1) if observes else 0)).all()
 
     baselines = {"without": lambda: run(False)}
-    paired(benchmark, "statistics", lambda: run(True), baselines, batch=32, runner=twin.executor.worker_info.runner)
+    time_with_baselines(
+        benchmark, "statistics", lambda: run(True), baselines, batch=32, runner=twin.executor.worker_info.runner
+    )
 
 
 @pytest.mark.parametrize(
@@ -245,8 +249,16 @@ def test_against_hooks(benchmark, twin, folder, batch, lengths):
     hooked = Hooked(folder / "model", *adapters, RANKING.top(K), "cuda" if GPU else "cpu")
     num_tokens = [NEW] * batch if lengths == "static" else [8 + 120 * i // (batch - 1) for i in range(batch)]
     baselines = {"hooks": lambda: hooked.generate(prompts(batch), num_tokens)}
-    paired(benchmark, "twin", lambda: run_twin(twin, batch, PATCH, num_tokens), baselines, max(3, ROUNDS // 2),
-           batch=batch, lengths=lengths, runner=twin.executor.worker_info.runner)  # fmt: skip
+    time_with_baselines(
+        benchmark,
+        "twin",
+        lambda: run_twin(twin, batch, PATCH, num_tokens),
+        baselines,
+        max(3, ROUNDS // 2),
+        batch=batch,
+        lengths=lengths,
+        runner=twin.executor.worker_info.runner,
+    )
 
 
 def resident_bytes(process: int) -> int:

@@ -19,9 +19,9 @@ from bench_generate import (
     SIZE,
     K,
     get_runner,
-    paired,
     run_native,
     run_twin,
+    time_with_baselines,
 )
 
 from snpatch import Engine, Patch
@@ -95,9 +95,20 @@ class TestPair:
         run = partial(run_twin, pair, batch, PATCH)
         runner, memory = pair.executor.worker_info.runner, pair.executor.memory
         assert runner == get_runner(natives[0])
-        paired(benchmark, "pair", run, {"two natives": run_both}, batch=batch, runner=runner,
-               memory={"weights": memory.weights, "second": memory.secondary, "cache": memory.kv_cache,
-                       "twice": memory.duplicated})  # fmt: skip
+        time_with_baselines(
+            benchmark,
+            "pair",
+            run,
+            {"two natives": run_both},
+            batch=batch,
+            runner=runner,
+            memory={
+                "weights": memory.weights,
+                "second": memory.secondary,
+                "cache": memory.kv_cache,
+                "twice": memory.duplicated,
+            },
+        )
 
 
 class TestOneStream:
@@ -107,4 +118,6 @@ class TestOneStream:
     def test_one_stream_against_native(self, benchmark, one_stream, native, batch):
         run = partial(run_twin, one_stream, batch, "base")
         baselines = {"native B": lambda: run_native(native, batch)}
-        paired(benchmark, "one stream", run, baselines, batch=batch, runner=one_stream.executor.worker_info.runner)
+        time_with_baselines(
+            benchmark, "one stream", run, baselines, batch=batch, runner=one_stream.executor.worker_info.runner
+        )

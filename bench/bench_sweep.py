@@ -18,9 +18,9 @@ from bench_generate import (  # noqa: F401 - fixtures
     RANKING,
     about,
     folder,
-    paired,
     prompts,
     random_ranking,
+    time_with_baselines,
     traces,
     twin,
 )
@@ -74,8 +74,18 @@ def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) ->
         "one after the other": one_after_the_other,
     }
     runner = engine.executor.worker_info.runner
-    paired(benchmark, "sweep", lambda: write(engine, patches, prompts(PROMPTS)), baselines, rounds=rounds,
-           windows=WINDOWS, prompts=PROMPTS, new=NEW, runner=runner, **info)  # fmt: skip
+    time_with_baselines(
+        benchmark,
+        "sweep",
+        lambda: write(engine, patches, prompts(PROMPTS)),
+        baselines,
+        rounds=rounds,
+        windows=WINDOWS,
+        prompts=PROMPTS,
+        new=NEW,
+        runner=runner,
+        **info,
+    )
 
 
 def test_windows(benchmark, twin):  # noqa: F811
@@ -110,7 +120,7 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
     engine, chats = demo
     spent, depth = Counter(), [0]
 
-    def timed(name, method):
+    def time_method(name, method):
         @functools.wraps(method)
         def call(*args, **kwargs):
             start, depth[0] = time.thread_time(), depth[0] + 1
@@ -124,7 +134,7 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
         return call
 
     for name in ("keep", "claim", "is_suspect", "ask", "texts", "missing", "name", "keep_scores", "scores", "errors"):
-        monkeypatch.setattr(Store, name, timed(name, getattr(Store, name)))
+        monkeypatch.setattr(Store, name, time_method(name, getattr(Store, name)))
     size = engine.geometry.n_layers * engine.geometry.n_neurons
     ranking = engine.contrast(chats[:20], "sft", "dpo", sampling=Sampling(max_tokens=16), exclude_layers=())
     n = max(1, MANY // len(chats))

@@ -11,7 +11,7 @@ import time
 
 import geometry
 import pytest
-from bench_generate import GPU, PAIR, paired, prompts, random_ranking
+from bench_generate import GPU, PAIR, prompts, random_ranking, time_with_baselines
 from in_process import in_process  # noqa: F401
 
 from snpatch import Engine, Patch, Sampling
@@ -89,6 +89,8 @@ def test_zeroing_against_none(benchmark, writer, new):
     writer.shares.clear()
     baselines = {"no zeroing": lambda: writer.generate(writer.draw(), new, False)}
     sizes = {"size": writer.size, "batch": BATCH, "prompt": PROMPT, "new": new}
-    paired(benchmark, "zeroing", lambda: writer.generate(writer.draw(), new, True), baselines, PAIRS, **sizes)
+    time_with_baselines(
+        benchmark, "zeroing", lambda: writer.generate(writer.draw(), new, True), baselines, PAIRS, **sizes
+    )
     if not GPU:  # on a GPU zeroing runs asynchronously
         benchmark.extra_info["zeroing_share"] = statistics.median(writer.shares[1:])  # without the warm-up

@@ -16,7 +16,7 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
-def numbered(n):
+def build_rows(n):
     return [{"prompt": f"p{i}"} for i in range(n)]
 
 
@@ -94,12 +94,12 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
         ("p.json", b'\n[{"prompt": "a"},\n{"prompt": }]', r"p\.json: not JSON: .* line 3"),
         ("p.jsonl", b"\n\n", r"p\.jsonl: holds no prompt \(0 rows, 0 of them bad\)"),
         ("p.jsonl", b"{}\n{}\n", r"p\.jsonl: holds no prompt \(2 rows, 2 of them bad\)"),
-        ("p.jsonl.gz", gzip.compress(lines(numbered(999)))[:-40], r"p\.jsonl\.gz: cannot be read"),
-        ("p.jsonl.gz", lines(numbered(9)), r"p\.jsonl\.gz: cannot be read"),
-        ("p.jsonl.xz", lzma.compress(lines(numbered(999)))[:-40], r"p\.jsonl\.xz: cannot be read"),
-        ("p.jsonl.xz", lines(numbered(9)), r"p\.jsonl\.xz: cannot be read"),
+        ("p.jsonl.gz", gzip.compress(lines(build_rows(999)))[:-40], r"p\.jsonl\.gz: cannot be read"),
+        ("p.jsonl.gz", lines(build_rows(9)), r"p\.jsonl\.gz: cannot be read"),
+        ("p.jsonl.xz", lzma.compress(lines(build_rows(999)))[:-40], r"p\.jsonl\.xz: cannot be read"),
+        ("p.jsonl.xz", lines(build_rows(9)), r"p\.jsonl\.xz: cannot be read"),
         ("p.csv.gz", gzip.compress(b"prompt\n" + b"a\n" * 9999)[:-9], r"p\.csv\.gz: cannot be read"),
-        ("p.parquet", parquet(numbered(9))[:-9], r"p\.parquet: cannot be read"),
+        ("p.parquet", parquet(build_rows(9))[:-9], r"p\.parquet: cannot be read"),
         ("p.parquet", parquet([{"text": "a"}]), r"p\.parquet: expected the columns prompt or messages, got text"),
         ("p.tsv", b"prompt\na\n", r"p\.tsv: expected a file that ends in \.jsonl, \.json, \.csv, \.parquet"),
     ],
@@ -112,7 +112,7 @@ def test_damaged_file_raises_even_with_skip_invalid(tmp_path, name, content, mes
 
 
 def test_parquet_row_numbers_continue_over_row_groups(tmp_path):
-    path = write_file(tmp_path, "p.parquet", parquet([*numbered(70_000), {"prompt": None}]))
+    path = write_file(tmp_path, "p.parquet", parquet([*build_rows(70_000), {"prompt": None}]))
     with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
         load_dataset(path)
     assert load_dataset(path, skip_invalid=True).examples[-1].meta["row"] == 70_000
@@ -126,7 +126,7 @@ def test_wikitext_line_without_utf8_is_invalid(tmp_path):
 
 
 def test_folder_shards_are_read_in_name_order(tmp_path):
-    rows = numbered(6)
+    rows = build_rows(6)
     for i in (2, 0, 1):
         write(tmp_path / "data", f"test-0000{i}-of-00003", ".parquet", rows[2 * i : 2 * i + 2])
     write_file(tmp_path, "README.md", b"# card")
@@ -156,7 +156,7 @@ def test_folder_split_selects_files(tmp_path):
 
 
 def test_conflicting_load_arguments_are_rejected(tmp_path):
-    path = write(tmp_path, "p", ".jsonl", numbered(2))
+    path = write(tmp_path, "p", ".jsonl", build_rows(2))
     for arguments, message in (
         ({"source": "beavertail"}, r"beavertail: no such file, nor a set of that name \(beavertails, hh-harmless,"),
         ({"source": path, "format": "beavertail"}, "format: expected one of beavertails, .* got 'beavertail'"),
@@ -212,7 +212,7 @@ def test_pairs_and_conversations_survive_save_and_load(tmp_path):
 
 
 def test_sample_is_reproducible_without_replacement(tmp_path):
-    data = load_dataset(write(tmp_path, "p", ".jsonl", numbered(10)))
+    data = load_dataset(write(tmp_path, "p", ".jsonl", build_rows(10)))
     sample = data.sample(4, seed=1)
     assert texts(sample) == ["p2", "p9", "p6", "p4"]  # for ever: numpy keeps this stream
     assert texts(data.sample(10, seed=1))[:4] == texts(sample)

@@ -12,13 +12,13 @@ WORDS = Sampling(max_tokens=4)
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
+def planted_model(tmp_path_factory):
     return tiny.make_planted(tmp_path_factory.mktemp("planted"))
 
 
 @pytest.fixture(scope="module")
-def engine(planted):
-    return Engine(planted.folder, planted.adapters, backend="transformers")
+def engine(planted_model):
+    return Engine(planted_model.folder, planted_model.adapters, backend="transformers")
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def answers(engine, patch) -> set[str]:
     return {word for c in engine.generate(tiny.PROMPTS, patch, WORDS) for word in c.text.split()}
 
 
-def test_planted_model_differs_only_in_its_planted_neurons(planted):
+def test_planted_model_differs_only_in_its_planted_neurons(planted_model):
     """Check with the oracle: the adapters answer differently, and the planted neurons are the whole difference."""
-    sft, dpo = (oracle.model(*planted.checkpoints[name]) for name in ("sft", "dpo"))
-    mask = oracle.build_mask(tiny.PLANTED, planted.shape)
+    sft, dpo = (oracle.model(*planted_model.checkpoints[name]) for name in ("sft", "dpo"))
+    mask = oracle.build_mask(tiny.PLANTED, planted_model.shape)
     for prompt in tiny.PROMPTS:
         ids = tiny.tokenizer()(prompt)["input_ids"]
         runs = [(sft, None), (dpo, None), (sft, oracle.Patch(mask, donor=dpo)), (sft, oracle.Patch(~mask, donor=dpo))]
@@ -76,10 +76,10 @@ def test_last_layer_is_excluded_by_default(engine, ranking):
     assert torch.equal(full_ranking.scores, ranking.scores)
 
 
-def test_strength_scales_the_output_of_a_planted_neuron_exactly(engine, planted):
+def test_strength_scales_the_output_of_a_planted_neuron_exactly(engine, planted_model):
     """Read the answer's direction in the residual stream back from three logits; the last norm cancels out."""
     last = [neuron for neuron in tiny.PLANTED if neuron[0] == 1]  # after them nothing reads or writes the direction
-    ranking = Ranking.from_order(torch.tensor(last), planted.shape)
+    ranking = Ranking.from_order(torch.tensor(last), planted_model.shape)
     ids, reference_id = list(tiny.tokenizer()(tiny.PROMPTS[0])["input_ids"]), 50
 
     def direction(patch) -> float:

@@ -26,7 +26,7 @@ def test_guard_on_vllm_refuses_the_prompts_refused_on_transformers(zoo, monkeypa
     adapters = {name: list(folders) for name, folders in tiny_model.adapters.items()}
     labels = np.arange(8) % 2 == 0
 
-    def fitted(engine, k=8):
+    def fit_guard(engine, k=8):
         x = engine.capture(tiny.PROMPTS, "sft", ranking, k)
         config = GuardConfig(folds=2)
         return Guard.fit(x, labels, ranking, model="sft", fingerprint=engine.fingerprint("sft"), config=config)
@@ -34,10 +34,10 @@ def test_guard_on_vllm_refuses_the_prompts_refused_on_transformers(zoo, monkeypa
     oracle = Engine(tiny_model.folder, adapters, backend="transformers")
     gc.collect()
     with Engine(tiny_model.folder, adapters, backend="vllm", **options) as engine:
-        guard = fitted(engine)
+        guard = fit_guard(engine)
         unguarded = engine.generate(tiny.PROMPTS, Patch("sft", "dpo", ranking, 50), SHORT)
         guarded = engine.generate(tiny.PROMPTS, Patch("sft", "dpo", ranking, 50), SHORT, guard=guard)
-        transformers_guard = fitted(oracle)
+        transformers_guard = fit_guard(oracle)
         assert [c.harm for c in guarded] == pytest.approx(
             transformers_guard.predict(oracle, tiny.PROMPTS).tolist(), abs=1e-3
         )
@@ -48,7 +48,7 @@ def test_guard_on_vllm_refuses_the_prompts_refused_on_transformers(zoo, monkeypa
             c.text for c, is_refused in zip(unguarded, refused, strict=True) if not is_refused
         ]
         with pytest.raises(SnpatchError, match="larger max_captured"):
-            engine.generate(tiny.PROMPTS, "sft", guard=fitted(oracle, 9))
+            engine.generate(tiny.PROMPTS, "sft", guard=fit_guard(oracle, 9))
         # A guard belongs to a model's fingerprint, with either backend; other models are rejected.
         assert transformers_guard.predict(engine, tiny.PROMPTS) == pytest.approx([c.harm for c in guarded], abs=1e-3)
         with pytest.raises(SnpatchError, match="expected the model 'sft' that it was fitted on"):

@@ -19,7 +19,7 @@ def logits(model, texts: list[str]) -> torch.Tensor:
         return torch.cat([model(torch.tensor([row])).logits for row in rows])
 
 
-def filled(template: str) -> list[str]:
+def fill_template(template: str) -> list[str]:
     return [template.format(prompt=p, completion=c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
 
 
@@ -31,7 +31,7 @@ def test_batch_scores_equal_single_scores_with_any_padding(tmp_path, padding):
     (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": padding}))
     template = "<|user|> {prompt} <|assistant|> {completion} </s>"
     model.config.pad_token_id = padding
-    expected = logits(model, filled(template))[:, 0].tolist()
+    expected = logits(model, fill_template(template))[:, 0].tolist()
     for batch_size in (1, 3, 16):
         scores = open_score_model(tmp_path, format=template, batch_size=batch_size)(PROMPTS, COMPLETIONS)
         assert scores == pytest.approx(expected, abs=1e-4)
@@ -40,7 +40,7 @@ def test_batch_scores_equal_single_scores_with_any_padding(tmp_path, padding):
 def test_competing_labels_are_scored_by_log_odds(tmp_path):
     model = write_classifier(tmp_path, id2label={0: "safe", 1: "harm", 2: "odd"})
     template = "{prompt} {completion}"
-    expected = logits(model, filled(template)).softmax(-1).logit()
+    expected = logits(model, fill_template(template)).softmax(-1).logit()
     for label, index in (("harm", 1), (1, 1), ("safe", 0), (2, 2)):
         scores = open_score_model(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
         assert scores == pytest.approx(expected[:, index].tolist(), abs=1e-4)
@@ -53,7 +53,7 @@ def test_competing_labels_are_scored_by_log_odds(tmp_path):
 def test_independent_labels_are_scored_by_raw_logit(tmp_path, kind):
     model = write_classifier(tmp_path, id2label={0: "rude", 1: "threat"}, problem_type=kind)
     scores = open_score_model(tmp_path, format="{prompt} {completion}", label="threat")(PROMPTS, COMPLETIONS)
-    assert scores == pytest.approx(logits(model, filled("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
+    assert scores == pytest.approx(logits(model, fill_template("{prompt} {completion}"))[:, 1].tolist(), abs=1e-4)
 
 
 def test_chat_template_is_default_format(tmp_path):

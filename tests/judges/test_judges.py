@@ -185,7 +185,7 @@ SPACES = "\u00a0\u2002\u2003\u2007\u2009\u200a\u202f\u205f\u3000\u1680\u2028\u20
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\u00ad\u200e\ufe0f\u034f"
 
 
-def refused(text, words=None):
+def is_refusal(text, words=None):
     """Return whether the judge of these words, or its own, takes a text for a refusal."""
     return (RefusalWords() if words is None else RefusalWords(words))(["x"], [text]) == [-1.0]
 
@@ -195,30 +195,30 @@ def test_refusal_words_match_all_apostrophes_and_spaces(phrase):
     for mark in MARKS:
         for space in SPACES:
             text = phrase.replace("'", mark).replace(" ", space)
-            assert refused(f"Well, {text.upper()} do that."), ascii(text)
-            assert refused(f"Well, {phrase} do that.", [text]), ascii(text)
+            assert is_refusal(f"Well, {text.upper()} do that."), ascii(text)
+            assert is_refusal(f"Well, {phrase} do that.", [text]), ascii(text)
     for mark in INVISIBLE:
-        assert refused(phrase.replace(" ", f"{mark} "))
-        assert refused(phrase.replace(" ", mark))
-        assert refused(phrase.replace("a", f"a{mark}").replace("'", f"'{mark}"))
+        assert is_refusal(phrase.replace(" ", f"{mark} "))
+        assert is_refusal(phrase.replace(" ", mark))
+        assert is_refusal(phrase.replace("a", f"a{mark}").replace("'", f"'{mark}"))
 
 
 def test_refusal_words_match_all_letter_forms_and_quotation_marks():
-    assert refused("\uff29\u3000\uff43\uff41\uff4e\uff4e\uff4f\uff54")  # full width
-    assert refused("\U0001d408 \U0001d41c\U0001d41a\U0001d427\u2019\U0001d42d")  # mathematical bold
+    assert is_refusal("\uff29\u3000\uff43\uff41\uff4e\uff4e\uff4f\uff54")  # full width
+    assert is_refusal("\U0001d408 \U0001d41c\U0001d41a\U0001d427\u2019\U0001d42d")  # mathematical bold
     for marks in ("\u201c\u201d", "\u201e\u201f", "\u00ab\u00bb", "\uff02\uff02", "\u301d\u301e", '""'):
-        assert refused(f"the {marks[0]}no{marks[1]} of it", ['THE "NO"'])
-        assert refused('the "no" of it', [f"the {marks[0]}no{marks[1]}"])
-    assert refused("un cafe\u0301", ["CAF\u00c9"])
+        assert is_refusal(f"the {marks[0]}no{marks[1]} of it", ['THE "NO"'])
+        assert is_refusal('the "no" of it', [f"the {marks[0]}no{marks[1]}"])
+    assert is_refusal("un cafe\u0301", ["CAF\u00c9"])
 
 
 def test_refusal_patterns_match_original_and_normalized_text():
     for mark in MARKS:
-        assert refused(f"so:\nI can{mark}t", [re.compile(r"^I can't", re.MULTILINE)]), ascii(mark)
-        assert refused("so:\nI can't", [re.compile(f"^I can[{mark}]t$", re.MULTILINE)]), ascii(mark)
-    assert refused("I can\u2019t", [re.compile("can[\u2018-\u201f]t")])
-    assert not refused("I can't", [re.compile("can[\u2018-\u201f]t")])
-    assert refused("no\u200bway", [re.compile(r"^no way$")])
+        assert is_refusal(f"so:\nI can{mark}t", [re.compile(r"^I can't", re.MULTILINE)]), ascii(mark)
+        assert is_refusal("so:\nI can't", [re.compile(f"^I can[{mark}]t$", re.MULTILINE)]), ascii(mark)
+    assert is_refusal("I can\u2019t", [re.compile("can[\u2018-\u201f]t")])
+    assert not is_refusal("I can't", [re.compile("can[\u2018-\u201f]t")])
+    assert is_refusal("no\u200bway", [re.compile(r"^no way$")])
 
 
 def test_refusal_words_do_not_match_other_texts():
@@ -232,8 +232,8 @@ def test_refusal_words_do_not_match_other_texts():
         "\u2019\u2019",
         "a" * 10**5,
     ):
-        assert not refused(text), text
-    assert not refused("Sorrynotsorry", ["sorry not"])
+        assert not is_refusal(text), text
+    assert not is_refusal("Sorrynotsorry", ["sorry not"])
 
 
 @pytest.mark.parametrize("words", [[b"no"], [""], [" \u200b "], [None], [re.compile(b"no")], "sorry", [], [1]])

@@ -12,7 +12,7 @@ from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, load_tem
 CHAT, FRIDAY = [{"role": "user", "content": "hello"}], datetime(2024, 7, 26, tzinfo=UTC)
 
 
-def rendered(source):
+def render(source):
     """Return a chat as a tokenizer's own template writes it."""
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = source
@@ -31,11 +31,11 @@ LLAMA_3 = (
 def test_template_clock_is_fixed(form):
     moment = datetime(2024, 7, 26, tzinfo=UTC)
     assert moment.strftime("%d %b %Y") == FIXED_DATE
-    assert rendered(f"{{{{ strftime_now('{form}') }}}}") == moment.strftime(form)
+    assert render(f"{{{{ strftime_now('{form}') }}}}") == moment.strftime(form)
 
 
 def test_templates_with_date_render_equally_on_every_day():
-    assert rendered(LLAMA_3) == "<s>Today Date: 26 Jul 2024\n\nhello"
+    assert render(LLAMA_3) == "<s>Today Date: 26 Jul 2024\n\nhello"
     beginning = "\n{%- set today = strftime_now('%Y-%m-%d') -%}\n {{ today.split('-')[0] | int + 1 }}"
     for source in (
         LLAMA_3,
@@ -46,7 +46,7 @@ def test_templates_with_date_render_equally_on_every_day():
         fixed = fix_date(source)
         assert fix_date(fixed) == fixed
         expected = render_jinja_template([CHAT], chat_template=source, bos_token="<s>", strftime_now=FRIDAY.strftime)
-        assert rendered(source) == expected[0][0]
+        assert render(source) == expected[0][0]
 
 
 def test_fixed_date_changes_only_fingerprints_of_templates_with_clock(tmp_path):

@@ -27,11 +27,11 @@ def reads(monkeypatch):
     """Names of the files that were hashed."""
     names, hash_file = [], hashlib.file_digest
 
-    def counting(file, kind):
+    def hash_and_record(file, kind):
         names.append(Path(file.name).name)
         return hash_file(file, kind)
 
-    monkeypatch.setattr(hashlib, "file_digest", counting)
+    monkeypatch.setattr(hashlib, "file_digest", hash_and_record)
     return names
 
 

@@ -100,7 +100,7 @@ def test_deeply_nested_adapter_config_raises_one_line_error(tmp_path, text):
 # ---- templates ------------------------------------------------------------------------------------------------------
 
 
-def rendered(template: str) -> str:
+def render(template: str) -> str:
     return sandbox.render(template, CHAT, {"bos_token": "<s>"}, OPTIONS, "the template")
 
 
@@ -128,9 +128,9 @@ def rendered(template: str) -> str:
 )
 def test_failing_or_endless_template_raises_one_line_error(template, message):
     with pytest.raises(SnpatchError, match=f"the template: .*({message})") as error:
-        rendered(template)
+        render(template)
     assert "\n" not in str(error.value)
-    assert rendered("{{ messages[0].content }}") == "hello"
+    assert render("{{ messages[0].content }}") == "hello"
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
@@ -147,7 +147,7 @@ def test_threads_share_the_sandbox():
     texts = [None] * 8
 
     def ask(i):
-        texts[i] = rendered(f"{{{{ {i} }}}}")
+        texts[i] = render(f"{{{{ {i} }}}}")
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
     [thread.start() for thread in threads]
@@ -156,19 +156,19 @@ def test_threads_share_the_sandbox():
 
 
 def test_forked_process_has_own_sandbox():
-    assert rendered("{{ 1 }}") == "1"
+    assert render("{{ 1 }}") == "1"
     child = os.fork()
     if not child:
-        os._exit(0 if rendered("{{ 2 }}") == "2" else 1)
+        os._exit(0 if render("{{ 2 }}") == "2" else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert rendered("{{ 3 }}") == "3"
+    assert render("{{ 3 }}") == "3"
 
 
 def test_killed_sandbox_is_restarted():
-    assert rendered("{{ 1 }}") == "1"
+    assert render("{{ 1 }}") == "1"
     os.kill(sandbox._sandbox._process.pid, signal.SIGKILL)
     sandbox._sandbox._process.wait()
-    assert rendered("{{ 2 }}") == "2"
+    assert render("{{ 2 }}") == "2"
 
 
 def test_sandbox_ends_with_parent_process():

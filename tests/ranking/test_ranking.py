@@ -21,7 +21,7 @@ def order(ranking: Ranking) -> list[list[int]]:
     return ranking.top(len(ranking)).tolist()
 
 
-def shuffled(n_layers: int = 3, n_neurons: int = 40, seed: int = 0, **options) -> Ranking:
+def build_random_ranking(n_layers: int = 3, n_neurons: int = 40, seed: int = 0, **options) -> Ranking:
     scores = torch.rand(n_layers, n_neurons, generator=torch.Generator().manual_seed(seed))
     return Ranking.from_scores(scores, **options)
 
@@ -74,7 +74,7 @@ def test_set_operations_keep_order():
 
 @pytest.mark.parametrize("disjoint", [True, False])
 def test_per_layer_control_has_counts_of_every_prefix(disjoint):
-    safety = shuffled()
+    safety = build_random_ranking()
     control = safety.random_control(50, seed=1, disjoint=disjoint)
     assert len(control) == 50
     for k in range(51):
@@ -85,7 +85,7 @@ def test_per_layer_control_has_counts_of_every_prefix(disjoint):
 @pytest.mark.parametrize(("kind", "layers"), [("last_layer", {2}), ("everywhere", {0, 1, 2})])
 @pytest.mark.parametrize("disjoint", [True, False])
 def test_control_kind_selects_layers(kind, layers, disjoint):
-    safety = shuffled(exclude_layers=[0])
+    safety = build_random_ranking(exclude_layers=[0])
     control = safety.random_control(20, seed=3, kind=kind, disjoint=disjoint)
     assert len(control) == 20
     assert {layer for layer, _ in order(control)} == layers
@@ -94,7 +94,7 @@ def test_control_kind_selects_layers(kind, layers, disjoint):
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
 def test_control_depends_on_seed_alone(kind):
-    safety = shuffled()
+    safety = build_random_ranking()
     torch.manual_seed(0)
     first = safety.random_control(20, seed=4, kind=kind)
     torch.manual_seed(1)
@@ -117,7 +117,7 @@ def test_control_too_few_neurons_raises():
         line(*range(7)).random_control(7, seed=0)
     assert len(line(*range(7)).random_control(7, seed=0, disjoint=False)) == 7
     with pytest.raises(SnpatchError, match="41 neurons are needed in the last layer, which has"):
-        shuffled().random_control(41, seed=0, kind="last_layer", disjoint=False)
+        build_random_ranking().random_control(41, seed=0, kind="last_layer", disjoint=False)
     with pytest.raises(SnpatchError, match="last_layer, everywhere, got 'all'"):
         half.random_control(1, seed=0, kind="all")
     with pytest.raises(SnpatchError, match=r"k must lie in 0\.\.6"):
@@ -174,7 +174,7 @@ def test_overlapping_control_names_its_overlap():
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
 def test_control_of_window_has_its_size_and_avoids_it(kind):
-    ranking = shuffled(n_neurons=20)
+    ranking = build_random_ranking(n_neurons=20)
     control_ranks = set()
     for seed in range(60):
         control = ranking.random_control((4, 11), seed=seed, kind=kind)
@@ -311,7 +311,7 @@ def test_load_pickle_with_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def spoiled(value: float) -> torch.Tensor:
+def replace_score(value: float) -> torch.Tensor:
     scores = SCORES.clone()
     scores[1, 0] = value
     return scores
@@ -323,9 +323,9 @@ RANK = Ranking.from_scores(SCORES).rank
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Ranking.from_scores(spoiled(math.nan)), "scores is not finite at layer 1, neuron 0"),
-        (lambda: Ranking.from_scores(spoiled(math.inf)), "scores is not finite at layer 1, neuron 0"),
-        (lambda: Ranking(RANK, moments={"donor_mean": spoiled(math.nan)}), "donor_mean is not finite at layer 1"),
+        (lambda: Ranking.from_scores(replace_score(math.nan)), "scores is not finite at layer 1, neuron 0"),
+        (lambda: Ranking.from_scores(replace_score(math.inf)), "scores is not finite at layer 1, neuron 0"),
+        (lambda: Ranking(RANK, moments={"donor_mean": replace_score(math.nan)}), "donor_mean is not finite at layer 1"),
         (lambda: Ranking(RANK, torch.zeros(3, 2)), r"scores must be \[2, 3\], got \[3, 2\]"),
         (lambda: Ranking(RANK.long()), r"rank must be \[layers, neurons\] int32"),
         (lambda: Ranking(RANK[0]), r"rank must be \[layers, neurons\] int32"),

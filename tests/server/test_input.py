@@ -231,7 +231,7 @@ def is_good(data: object) -> bool:
 
 
 @pytest.fixture
-def fuzzed(offline, server, client):
+def checked_server(offline, server, client):
     """The server; after the test its completions are still exact and it holds nothing."""
     yield server
     for job in DONOR_JOBS:
@@ -244,7 +244,7 @@ def _sizes(default_size: int, full_size: int) -> list:
 
 
 @pytest.mark.parametrize("num_patches", _sizes(300, 5000))
-def test_random_patches_are_served_or_400(fuzzed, num_patches):
+def test_random_patches_are_served_or_400(checked_server, num_patches):
     @settings(max_examples=num_patches // 20, **RUNS)
     @given(st.lists(patches, min_size=20, max_size=20))
     def send(batch):
@@ -257,12 +257,12 @@ def test_random_patches_are_served_or_400(fuzzed, num_patches):
             else:
                 assert answer.status_code == 400, (data, answer.text)
 
-    with httpx.Client(base_url=fuzzed.url, timeout=60) as http:
+    with httpx.Client(base_url=checked_server.url, timeout=60) as http:
         send()
 
 
 @pytest.mark.parametrize("num_bodies", _sizes(300, 3000))
-def test_bodies_of_wrong_fields_are_4xx(fuzzed, num_bodies):
+def test_bodies_of_wrong_fields_are_4xx(checked_server, num_bodies):
     @settings(max_examples=num_bodies // 20, **RUNS)
     @given(st.lists(st.tuples(st.sampled_from(ROUTES), bodies), min_size=20, max_size=20))
     def send(batch):
@@ -271,7 +271,7 @@ def test_bodies_of_wrong_fields_are_4xx(fuzzed, num_bodies):
             answer = http.post(route, content=body, headers={"content-type": "application/json"})
             assert 400 <= answer.status_code < 500, (route, body, answer.text)
 
-    with httpx.Client(base_url=fuzzed.url, timeout=60) as http:
+    with httpx.Client(base_url=checked_server.url, timeout=60) as http:
         send()
 
 
@@ -294,14 +294,14 @@ def _damage_body(seed: int) -> bytes:
 
 
 @pytest.mark.parametrize("num_bodies", _sizes(400, 2000))
-def test_malformed_bodies_are_4xx(fuzzed, num_bodies):
+def test_malformed_bodies_are_4xx(checked_server, num_bodies):
     def send(seed: int) -> tuple[str, int, str]:
         kind = ("application/json", "text/plain", "application/octet-stream", "")[seed % 4 if seed % 3 else 0]
         path = (ROUTES + READING)[seed % 8]
         answer = http.post(path, content=_damage_body(seed), headers={"content-type": kind})
         return path, answer.status_code, answer.text
 
-    with httpx.Client(base_url=fuzzed.url, timeout=60) as http, ThreadPoolExecutor(8) as pool:
+    with httpx.Client(base_url=checked_server.url, timeout=60) as http, ThreadPoolExecutor(8) as pool:
         for seed, (path, status, text) in enumerate(pool.map(send, range(num_bodies))):
             is_read = path in READING and status == 200  # these routes ignore `snpatch`
             assert is_read or 400 <= status < 500, (seed, path, _damage_body(seed), text)

@@ -67,7 +67,7 @@ def ranking():
 
 
 @pytest.fixture(scope="module")
-def gated(engine):
+def app_and_state(engine):
     """vLLM's app with handlers that answer immediately, and its ServerState."""
     config = ServeConfig(engine.config)
     registry, judges = PatchRegistry(engine, config), {"refusal": RefusalWords()}
@@ -76,13 +76,13 @@ def gated(engine):
 
 
 @pytest.fixture
-def serve(gated, engine, ranking, monkeypatch):
+def serve(app_and_state, engine, ranking, monkeypatch):
     """Return a function (keys, **limits) that returns the app and its ServerState."""
     monkeypatch.setattr(StreamingExecutor, "num_waiting", 0)
     monkeypatch.setattr(Sweep, "events", no_events)
 
     def get(keys=(), **limits):
-        app, state = gated
+        app, state = app_and_state
         state.config, state.api_keys = ServeConfig(engine.config, **limits).resolve_limits(CONTEXT, SEATS), tuple(keys)
         state.registry = PatchRegistry(engine, state.config)
         state.registry.add("rankings", "safety", ranking)

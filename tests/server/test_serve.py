@@ -171,15 +171,15 @@ def test_vllm_features_work_with_patch(client):
 
 
 @pytest.fixture
-def miscounting(server):
+def miscounting_server(server):
     """A server whose workers report fewer overwrites than they did."""
     server.post(MISCOUNT, {})
     yield server
     server.post(MISCOUNT, {})
 
 
-def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting, client):
-    before = _metric(miscounting, "snpatch_receipts_failed_total")
+def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting_server, client):
+    before = _metric(miscounting_server, "snpatch_receipts_failed_total")
     chat = {"model": "safe", "messages": CHAT, "max_tokens": 4, "temperature": 0}
     texts = {"model": "safe", "prompt": IDS[0], "max_tokens": 4, "temperature": 0}
     calls = [
@@ -205,15 +205,15 @@ def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting,
             getattr(event, "type", "") == "response.completed" or hasattr(event, "snpatch") for event in chunks
         )
     message = {"model": "safe", "messages": CHAT, "max_tokens": 4}
-    answer = miscounting.post("/v1/messages", message)
+    answer = miscounting_server.post("/v1/messages", message)
     assert (answer.status_code, "a patch was not applied in full" in answer.text) == (500, True)
-    streamed = miscounting.post("/v1/messages", {**message, "stream": True}).text
+    streamed = miscounting_server.post("/v1/messages", {**message, "stream": True}).text
     assert "event: error" in streamed
     assert "message_stop" not in streamed
     assert "stop_reason" not in streamed.split("event: message_start")[1].partition("event: ")[2]
     unpatched = client.chat.completions.create(**{**chat, "model": "sft"})
     assert unpatched.snpatch["verified"], "no patch, so no receipt can fail"
-    assert _metric(miscounting, "snpatch_receipts_failed_total") >= before + 10
+    assert _metric(miscounting_server, "snpatch_receipts_failed_total") >= before + 10
 
 
 # ---- guard -----------------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def turns(*texts: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
 
 
-def shared(id: str, *turns: tuple[str, str]) -> dict:
+def build_sharegpt_row(id: str, *turns: tuple[str, str]) -> dict:
     """Return a conversation in ShareGPT's raw form."""
     return {"id": id, "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
 
@@ -108,10 +108,10 @@ ROWS: dict[str, list[dict]] = {
         {"conversations": ["Alone?"], "source": "test"},
     ],
     "sharegpt": [
-        shared("a_0", ("human", "Hi"), ("gpt", "Yo"), ("human", "More")),
-        shared("b_0", ("user", "Hi"), ("bing", "I am Bing")),
-        shared("c_1", ("chatgpt", "So"), ("human", "Go on"), ("gpt", "ok")),
-        shared("d_0"),
+        build_sharegpt_row("a_0", ("human", "Hi"), ("gpt", "Yo"), ("human", "More")),
+        build_sharegpt_row("b_0", ("user", "Hi"), ("bing", "I am Bing")),
+        build_sharegpt_row("c_1", ("chatgpt", "So"), ("human", "Go on"), ("gpt", "ok")),
+        build_sharegpt_row("d_0"),
     ],
     "wikitext-2": [{"text": line} for line in WIKI],
     "shp": [shp("Salt?", "A lot", "A bit", 1), shp("Pepper?", "None", "Some", 0)],

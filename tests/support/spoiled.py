@@ -18,7 +18,7 @@ TOO_LARGE = (
 )
 
 
-def overflowing(engine: Engine, ids: Sequence[int], source=TOO_LARGE[0], tokens: int = 25) -> Request:
+def build_overflow_request(engine: Engine, ids: Sequence[int], source=TOO_LARGE[0], tokens: int = 25) -> Request:
     """Return a request whose keys and values become NaN. It is built by hand, because parsed patches are bounded."""
     strength = 2.0 if isinstance(source, Constant) else 1.0
     return Request(

@@ -147,13 +147,13 @@ def test_store_rejects_another_file(tmp_path):
 def test_crashed_engine_is_restarted(engine, chats, ranking, tmp_path, monkeypatch):
     uninterrupted, restarts, original = run(engine, chats, ranking), [], type(engine.executor).stream
 
-    def dying(self, requests):
+    def crash_twice(self, requests):
         for n, output in enumerate(original(self, requests)):
             if n == (6, 1, None)[len(restarts)]:
                 raise EngineCrashedError("vLLM's engine has ended")
             yield output
 
-    monkeypatch.setattr(type(engine.executor), "stream", dying)
+    monkeypatch.setattr(type(engine.executor), "stream", crash_twice)
     monkeypatch.setattr(type(engine), "restart", lambda self: restarts.append(self))
     result = run(engine, chats, ranking, tmp_path)
     assert len(restarts) == 2

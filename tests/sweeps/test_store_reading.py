@@ -62,7 +62,7 @@ def live(tmp_path):
         yield tmp_path / "live"
 
 
-def copied(source, target, *suffixes: str):
+def copy_store(source, target, *suffixes: str):
     """Copy a store's files, as an archive or a killed process leaves them."""
     target.mkdir()
     for suffix in ("", *suffixes):
@@ -100,8 +100,8 @@ def test_records_of_unfinished_sweep_have_a_state(folder):
 def test_reader_sees_all_rows_and_writes_nothing(folder, live, tmp_path, state):
     place = {
         "ended": lambda: folder,
-        "archived": lambda: copied(live, tmp_path / "archived", "-wal"),
-        "killed": lambda: copied(live, tmp_path / "killed", "-wal", "-shm"),
+        "archived": lambda: copy_store(live, tmp_path / "archived", "-wal"),
+        "killed": lambda: copy_store(live, tmp_path / "killed", "-wal", "-shm"),
         "live": lambda: live,
     }[state]()
     before = stamps(place)
@@ -129,7 +129,7 @@ def test_commands_on_read_only_folder_succeed(capsys, folder, tmp_path):
 
 def test_log_without_shared_index_is_read(live, tmp_path, monkeypatch):
     """Simulate a read-only file system: SQLite cannot open the shared index, but the log's rows must be read."""
-    place = copied(live, tmp_path / "killed", "-wal", "-shm")
+    place = copy_store(live, tmp_path / "killed", "-wal", "-shm")
     connect = sqlite3.connect
 
     def connect_read_only(target, *args, **kwargs):
@@ -201,7 +201,7 @@ ENDLESS = (
 PROCESS = "INSERT INTO owners VALUES ('o', 'h', {}, {}, 5, 1.0)"
 
 
-def labeled(**changes: object) -> str:
+def insert_labels_statement(**changes: object) -> str:
     """Return the statement that adds a completion with other labels."""
     return f"INSERT INTO asked (sweep, labels) VALUES ('s', '{json.dumps({**build_labels(0), **changes})}')"
 
@@ -212,11 +212,11 @@ DAMAGED = {
     "failures nested": f"INSERT INTO failures VALUES ('{'[' * 100_000}', 'e', 1)",
     "labels no JSON": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', 'nope')",
     "labels without a prompt": "INSERT INTO asked (sweep, key, labels) VALUES ('s', 'k0', '{}')",
-    "labels with another key": labeled(x=1),
-    "a prompt that is a list": labeled(prompt=[]),
-    "a window that is true": labeled(rank_hi=True),
-    "a window past int64": labeled(rank_hi=10**30),
-    "an infinite strength": labeled(strength=float("inf")),
+    "labels with another key": insert_labels_statement(x=1),
+    "a prompt that is a list": insert_labels_statement(prompt=[]),
+    "a window that is true": insert_labels_statement(rank_hi=True),
+    "a window past int64": insert_labels_statement(rank_hi=10**30),
+    "an infinite strength": insert_labels_statement(strength=float("inf")),
     "token_ids of 3 bytes": "UPDATE texts SET token_ids = x'010203'",
     "token_ids a text": "UPDATE texts SET token_ids = 'abc'",
     "completion a blob": "UPDATE texts SET completion = x'ff00'",

@@ -230,13 +230,13 @@ def test_promise_4_overflowing_strength_fails_only_its_own_completions(engine, r
     """Store and judge no such completion; all others equal those of a sweep without that strength."""
     judged_texts = []
 
-    def watching(prompts, completions):
+    def record_and_judge(prompts, completions):
         judged_texts.extend(completions)
         return judge(prompts, completions)
 
     windows = (0, 70, 1408)
     want = run(engine, ranking, controls=0, windows=windows).records
-    result = run(engine, ranking, tmp_path, watching, controls=0, windows=windows, strengths=(1.0, 1e19))
+    result = run(engine, ranking, tmp_path, record_and_judge, controls=0, windows=windows, strengths=(1.0, 1e19))
     failed_records = [r for r in result.records if r["strength"] == 1e19 and r["rank_hi"]]
     assert len(failed_records) == 2 * 2 * len(PROMPTS)
     for record in failed_records:

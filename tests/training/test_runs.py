@@ -50,7 +50,7 @@ def start(toy, kind, out, **how):
 KINDS = ["sft ia3", "sft full", "dpo ia3 on ia3", "dpo ia3 on lora", "dpo lora on lora", "dpo full on full"]
 
 
-def interrupted(toy, kind, out, at, **how):
+def start_and_interrupt(toy, kind, out, at, **how):
     """Run the same, interrupted by Ctrl-C at a step."""
     with pytest.raises(KeyboardInterrupt):
         start(toy, kind, out, on_step=_stop_at(at), **how)
@@ -91,7 +91,7 @@ def checkpoints(out):
 def test_interrupted_training_resumes_and_gives_same_result(toy, tmp_path, kind):
     """The interrupt is within an epoch, so the row order must resume as well."""
     uninterrupted = start(toy, kind, tmp_path / "whole")
-    interrupted(toy, kind, tmp_path / "parts", at=5, save_steps=3)
+    start_and_interrupt(toy, kind, tmp_path / "parts", at=5, save_steps=3)
     assert checkpoints(tmp_path / "parts") == ["checkpoint-3"]
     assert not (tmp_path / "parts" / "training.json").exists()
     steps = []
@@ -108,9 +108,9 @@ def test_interrupted_training_resumes_and_gives_same_result(toy, tmp_path, kind)
 def test_incomplete_checkpoint_is_skipped(toy, tmp_path, damage):
     start(toy, "dpo ia3 on ia3", tmp_path / "whole")
     out = tmp_path / "parts"
-    interrupted(toy, "dpo ia3 on ia3", out, at=3, save_steps=2)
+    start_and_interrupt(toy, "dpo ia3 on ia3", out, at=3, save_steps=2)
     shutil.copytree(out / "checkpoints" / "checkpoint-2", tmp_path / "kept")
-    interrupted(toy, "dpo ia3 on ia3", out, at=5, save_steps=2)
+    start_and_interrupt(toy, "dpo ia3 on ia3", out, at=5, save_steps=2)
     assert checkpoints(out) == ["checkpoint-4"]
     state = out / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     if damage == "missing":

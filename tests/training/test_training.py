@@ -46,7 +46,7 @@ toy = pytest.fixture(scope="module")(toys.toy)
 
 
 @pytest.fixture(scope="module")
-def trained(toy, tmp_path_factory):
+def dpo_training(toy, tmp_path_factory):
     """A DPO adapter on SFT: its folder, figures, and the arguments of each `on_step` call."""
     out, steps = tmp_path_factory.mktemp("trained") / "dpo", []
     figures = train_dpo(
@@ -109,8 +109,8 @@ def test_dpo_matches_manual_adamw_from_sft(toy, tmp_path, beta, decay_target):
     assert [figures["first_loss"], figures["last_loss"]] == pytest.approx([math.log(2), losses[-1]], abs=1e-5)
 
 
-def test_stacked_sft_and_dpo_prefer_chosen_answers(toy, trained):
-    out, figures, _ = trained
+def test_stacked_sft_and_dpo_prefer_chosen_answers(toy, dpo_training):
+    out, figures, _ = dpo_training
     with torch.no_grad():
         model = PeftModel.from_pretrained(load_model(toy.base), toy.sft(), adapter_name="sft").eval()
         before = toys.compute_margins(model)
@@ -122,8 +122,8 @@ def test_stacked_sft_and_dpo_prefer_chosen_answers(toy, trained):
     assert figures["last_loss"] < 0.7 * figures["first_loss"]
 
 
-def test_each_step_is_reported_and_recorded(trained):
-    out, figures, steps = trained
+def test_each_step_is_reported_and_recorded(dpo_training):
+    out, figures, steps = dpo_training
     with open(out / "training.csv") as file:
         table = list(csv.DictReader(file))
     assert figures["steps"] == 12
@@ -254,8 +254,8 @@ def test_weight_decay_target_rejects_other_optimizers():
 # ---- Saved files
 
 
-def test_ia3_adapter_has_peft_format(toy, trained):
-    for folder in (toy.sft(), trained[0]):
+def test_ia3_adapter_has_peft_format(toy, dpo_training):
+    for folder in (toy.sft(), dpo_training[0]):
         tensors = load_file(folder / "adapter_model.safetensors")
         assert sorted(tensors) == KEYS
         assert all(tensor.shape == (1, NEURONS) and tensor.dtype == torch.float32 for tensor in tensors.values())

@@ -33,7 +33,7 @@ from jobs import (
     generate,
     oracle_completion,
 )
-from spoiled import TOO_LARGE, huge_patch, overflowing
+from spoiled import TOO_LARGE, build_overflow_request, huge_patch
 
 from snpatch import Constant, Engine, Noise, Patch, Ranking, ReceiptError, Sampling, SnpatchError
 from snpatch.errors import OverflowedError, SpoiledEngineError
@@ -139,7 +139,7 @@ def test_promise_4_overflowing_patch_is_an_error_and_changes_no_other_request(en
     expected = [completion.token_ids for completion in generate(engine, unpatched_jobs)]
     sampling = Sampling(max_tokens=10)
     requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in unpatched_jobs]
-    outputs = dict(engine.run([overflowing(engine, [40, 41], source, 10), *requests]))
+    outputs = dict(engine.run([build_overflow_request(engine, [40, 41], source, 10), *requests]))
     assert type(outputs[0].error) is OverflowedError
     assert "overflowed in float32 at layer 0 under its patch" in str(outputs[0].error)
     assert [outputs[index].token_ids for index in range(1, 9)] == expected
@@ -152,10 +152,10 @@ def test_unpatched_completion_that_overflows_restarts_the_engine(engine, monkeyp
     expected, executor = generate(engine, [Job(2, "base")]), engine.executor
     real = ops.patched_glu
 
-    def spoiled(gate_up, *tensors, **setting):
+    def run_with_nan(gate_up, *tensors, **setting):
         return real(gate_up * (torch.nan if setting["layer"] == 1 else 1), *tensors, **setting)
 
-    monkeypatch.setattr(ops, "patched_glu", spoiled)
+    monkeypatch.setattr(ops, "patched_glu", run_with_nan)
     with pytest.raises(SpoiledEngineError, match=r"the engine is spoiled: .* in float32 at layer 1 without a patch"):
         generate(engine, [Job(2, "base")])
     assert engine.executor is not executor

@@ -39,7 +39,7 @@ from jobs import (
     generate,
     oracle_completion,
 )
-from spoiled import TOO_LARGE, fill_with_nan, huge_patch, overflowing
+from spoiled import TOO_LARGE, build_overflow_request, fill_with_nan, huge_patch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch import Constant, Engine, Noise, Patch, ReceiptError, Sampling, SnpatchError
@@ -162,7 +162,7 @@ def test_promise_4_overflowing_patch_raises_and_changes_no_other_completion(engi
     sampling = Sampling(max_tokens=25, ignore_eos=True)
     requests = [engine.requests.patched(job.ids, job.patch, sampling=sampling) for job in jobs]
     want = [output.token_ids for output in engine.execute(requests)]
-    mixed = [*requests[:4], *(overflowing(engine, [40 + i, 41], source) for i in range(8)), *requests[4:]]
+    mixed = [*requests[:4], *(build_overflow_request(engine, [40 + i, 41], source) for i in range(8)), *requests[4:]]
     for _ in range(3):
         outputs = [output for _, output in sorted(engine.run(mixed), key=lambda pair: pair[0])]
         errors = [output.error for output in outputs]

@@ -28,7 +28,7 @@ from jobs import (
     generate,
     oracle_completion,
 )
-from spoiled import TOO_LARGE, fill_with_nan, overflowing
+from spoiled import TOO_LARGE, build_overflow_request, fill_with_nan
 from transformers import AutoModelForCausalLM
 
 from snpatch import Engine
@@ -82,7 +82,7 @@ def test_float32_in_each_graph_mode_matches_transformers(zoo, start, mode):
     for size in BATCHES:
         assert_equals_oracle(tiny_model, jobs[:size], generate(engine, jobs[:size]))
     for source in TOO_LARGE:
-        error = dict(engine.run([overflowing(engine, [40, 41], source)]))[0].error
+        error = dict(engine.run([build_overflow_request(engine, [40, 41], source)]))[0].error
         assert "overflowed in float32 at layer 0 under its patch" in str(error)
         assert_equals_oracle(tiny_model, jobs[:8], generate(engine, jobs[:8]))
     fill_with_nan(engine)  # attention kernels may read a block past the end of its tokens

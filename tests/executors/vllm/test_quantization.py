@@ -176,7 +176,7 @@ GPTQ_CONFIG = {
 MIXED = {"[qkv]_proj": INT8, "o_proj": INT8, "(gate|up)_proj": FP8_CHANNEL, "down_proj": FP8_TENSOR}
 
 
-def compressed(schemes: dict[str, dict], **options) -> dict:
+def build_compressed_config(schemes: dict[str, dict], **options) -> dict:
     """Build a compressed-tensors config from layer names and their schemes."""
     groups = {f"group_{i}": {"targets": [f"re:.*{name}$"], **group} for i, (name, group) in enumerate(schemes.items())}
     defaults = {"format": "mixed-precision", "ignore": ["lm_head"], "quantization_status": "compressed"}
@@ -208,7 +208,7 @@ class Format:
 FORMATS = {
     "awq": Format("float16", AWQ_CONFIG, {".*": AWQ}, 0.03, 0.01, 0.01),
     "compressed": Format(
-        "float32", compressed({n: linear.scheme for n, linear in MIXED.items()}), MIXED, 0.1, 1e-5, 1e-3
+        "float32", build_compressed_config({n: linear.scheme for n, linear in MIXED.items()}), MIXED, 0.1, 1e-5, 1e-3
     ),
 }
 
@@ -302,7 +302,7 @@ def skip_without_kernels(name: str) -> None:
 
 
 @pytest.fixture(scope="module", params=FORMATS)
-def served(request, environment, zoo, tmp_path_factory):
+def format_case(request, environment, zoo, tmp_path_factory):
     skip_without_kernels(request.param)
     gc.collect()
     form = FORMATS[request.param]
@@ -317,33 +317,33 @@ BATCH += [Job(i, name) for i in range(8) for name in ("base", "sft", "dpo")]
 
 
 @pytest.mark.engine
-def test_mixed_batch_matches_the_oracle(served):
+def test_mixed_batch_matches_the_oracle(format_case):
     """Tokens up to the first close choice, receipts, log-probabilities of the oracle's tokens, and change scores."""
-    wants, compared = [oracle_completion(served.copy, job) for job in BATCH], 0
-    for job, want, completion in zip(BATCH, wants, generate(served.engine, BATCH), strict=True):
+    wants, compared = [oracle_completion(format_case.copy, job) for job in BATCH], 0
+    for job, want, completion in zip(BATCH, wants, generate(format_case.engine, BATCH), strict=True):
         assert completion.overwrites == job.overwrites(10)
         best, second = want.logits.topk(2).values.unbind(1)
-        clear = int((best - second > served.form.logprob).int().cumprod(0).sum())
+        clear = int((best - second > format_case.form.logprob).int().cumprod(0).sum())
         assert completion.token_ids[:clear] == want.ids[:clear], job
         compared += clear
     assert compared > 2 * len(BATCH)
     prompts, patches = [job.ids for job in BATCH], [job.patch for job in BATCH]
-    logprobs = served.engine.logprobs(prompts, patches, completions=[want.ids for want in wants])
+    logprobs = format_case.engine.logprobs(prompts, patches, completions=[want.ids for want in wants])
     errors = torch.cat([(f.values - torch.tensor(w.logprobs)).abs() for f, w in zip(logprobs, wants, strict=True)])
-    assert errors.max() <= served.form.logprob
-    assert errors.quantile(0.95) <= served.form.usual
-    ranking = served.engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
-    models = [oracle.model(*served.copy.checkpoints[name]) for name in ("base", "dpo")]
+    assert errors.max() <= format_case.form.logprob
+    assert errors.quantile(0.95) <= format_case.form.usual
+    ranking = format_case.engine.contrast(IDS, "base", "dpo", completions=COMPLETIONS)
+    models = [oracle.model(*format_case.copy.checkpoints[name]) for name in ("base", "dpo")]
     want = oracle.contrast(*models, forced_sequences("completion"))["scores"]
-    assert (ranking.scores - want).abs().max() <= served.form.scores * want.max()
+    assert (ranking.scores - want).abs().max() <= format_case.form.scores * want.max()
 
 
 @pytest.mark.engine
-def test_quantized_engine_uses_quantized_kernels_and_the_op_in_each_layer(served):
+def test_quantized_engine_uses_quantized_kernels_and_the_op_in_each_layer(format_case):
     """The test above therefore covers these kernels, and none of them has fused the activation."""
     from snpatch.executors.vllm.worker.surgery import DualStreamGLU
 
-    kernels = {type(kernel).__name__ for layer in served.layers for kernel in list_kernels(layer)}
+    kernels = {type(kernel).__name__ for layer in format_case.layers for kernel in list_kernels(layer)}
     assert (
         kernels
         == {
@@ -353,10 +353,10 @@ def test_quantized_engine_uses_quantized_kernels_and_the_op_in_each_layer(served
                 "ChannelWiseTorchFP8ScaledMMLinearKernel",
                 "PerTensorTorchFP8ScaledMMLinearKernel",
             },
-        }[served.form.dtype]
+        }[format_case.form.dtype]
     )
-    assert all(type(layer.mlp.act_fn) is DualStreamGLU for layer in served.layers)
-    quantization.check_activation_scales(served.worker.model_runner.get_model())
+    assert all(type(layer.mlp.act_fn) is DualStreamGLU for layer in format_case.layers)
+    quantization.check_activation_scales(format_case.worker.model_runner.get_model())
 
 
 def list_kernels(layer) -> list:
@@ -366,7 +366,7 @@ def list_kernels(layer) -> list:
 
 
 @pytest.mark.engine
-def test_fused_activation_is_not_used_and_would_fail_the_receipt(served, monkeypatch):
+def test_fused_activation_is_not_used_and_would_fail_the_receipt(format_case, monkeypatch):
     """vLLM's Llama fuses its activation into the FP8 quantization of down_proj, but does not find the op."""
     fused = pytest.importorskip("vllm.model_executor.layers.fusion.fused_act_quant", reason="vLLM 0.24 fuses none here")
     from vllm.config import set_current_vllm_config
@@ -374,7 +374,7 @@ def test_fused_activation_is_not_used_and_would_fail_the_receipt(served, monkeyp
     from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
     from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8StaticTensorSym
 
-    mlp = served.layers[1].mlp
+    mlp = format_case.layers[1].mlp
     if fused.get_input_quant_key(mlp.down_proj) != kFp8StaticTensorSym:
         pytest.skip("only static FP8 activations can be fused")
     calls = []
@@ -386,25 +386,25 @@ def test_fused_activation_is_not_used_and_would_fail_the_receipt(served, monkeyp
         return QuantizedActivation(data, linear.input_scale, x.dtype, value.shape, kFp8StaticTensorSym)
 
     monkeypatch.setitem(fused._FUSED_ACT_QUANT, (SiluAndMul, kFp8StaticTensorSym), silu_and_mul_quant)
-    before = generate(served.engine, [PATCHED_JOB])
+    before = generate(format_case.engine, [PATCHED_JOB])
     assert before[0].overwrites
     assert not calls
     op = mlp.act_fn
-    with set_current_vllm_config(served.worker.vllm_config):
+    with set_current_vllm_config(format_case.worker.vllm_config):
         mlp.act_fn = SiluAndMul()
     with pytest.raises(ReceiptError, match=r"expected \d+ overwrites, the device did \d+"):
-        generate(served.engine, [PATCHED_JOB])
+        generate(format_case.engine, [PATCHED_JOB])
     assert calls
     mlp.act_fn = op
-    assert generate(served.engine, [PATCHED_JOB])[0].token_ids == before[0].token_ids
+    assert generate(format_case.engine, [PATCHED_JOB])[0].token_ids == before[0].token_ids
 
 
-def build_linear(served, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
+def build_linear(format_case, config, linear: Linear | None, n_in: int = tiny.NEURONS, n_out: int = tiny.HIDDEN):
     """Build vLLM's linear layer for a quantization config, and return it with the weight that it represents."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.linear import RowParallelLinear
 
-    with set_current_vllm_config(served.worker.vllm_config):
+    with set_current_vllm_config(format_case.worker.vllm_config):
         layer = RowParallelLinear(
             n_in, n_out, bias=False, params_dtype=torch.float16, quant_config=config, prefix="down_proj"
         )
@@ -428,15 +428,15 @@ def gptq_config():
 def w4a16_config():
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
-    return CompressedTensorsConfig.from_config(compressed({"down_proj": W4A16.scheme}))
+    return CompressedTensorsConfig.from_config(build_compressed_config({"down_proj": W4A16.scheme}))
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(("config", "linear"), [(gptq_config, GPTQ), (w4a16_config, W4A16)], ids=["gptq", "w4a16"])
-def test_other_4_bit_formats_compute_each_row_on_its_own(served, config, linear):
+def test_other_4_bit_formats_compute_each_row_on_its_own(format_case, config, linear):
     """One layer instead of an engine: AWQ's kernel reads these layouts, and each row is independent of the others."""
     skip_without_kernels("awq")
-    layer, weight = build_linear(served, config(), linear)
+    layer, weight = build_linear(format_case, config(), linear)
     kernel = getattr(layer, "scheme", layer.quant_method).kernel
     assert type(kernel).__name__ == "CPUWNA16LinearKernel"
     x = torch.randn(9, tiny.NEURONS, generator=torch.Generator().manual_seed(4)).to(torch.float16)
@@ -447,11 +447,13 @@ def test_other_4_bit_formats_compute_each_row_on_its_own(served, config, linear)
 
 
 @pytest.mark.engine
-def test_check_activation_scales_with_one_scale_per_step_raises(served):
+def test_check_activation_scales_with_one_scale_per_step_raises(format_case):
     """FP8 with a dynamic scale for the whole tensor: the largest row of a step determines the rounding of all rows."""
     from vllm.model_executor.layers.quantization.fp8 import Fp8Config
 
-    layer, _ = build_linear(served, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None)
+    layer, _ = build_linear(
+        format_case, Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic"), None
+    )
     rows = torch.tensor([[0.3, 0.7], [900.0, -5.0]])
     quantize = layer.quant_method.fp8_linear.quant_fp8.forward_native
     (single_rows, scale), (batch_rows, batch_scale) = quantize(rows[:1]), quantize(rows)
@@ -491,7 +493,7 @@ def build_vllm_config(tiny_model, folder, settings, **options):
     ("settings", "options", "name"),
     [
         (FP8_STATIC, {}, "fp8"),
-        (compressed({"proj": NVFP4}), {}, "compressed-tensors float W4A4"),
+        (build_compressed_config({"proj": NVFP4}), {}, "compressed-tensors float W4A4"),
         (None, {"quantization": "fp8_per_tensor"}, "fp8_per_tensor"),
         (None, {"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype int8_per_token_head"),
     ],
@@ -505,7 +507,8 @@ def test_untested_quantization_raises_unless_allowed(zoo, tmp_path, settings, op
 
 
 @pytest.mark.parametrize(
-    "settings", [AWQ_CONFIG, GPTQ_CONFIG, compressed({"proj": W4A16.scheme}), *[f.settings for f in FORMATS.values()]]
+    "settings",
+    [AWQ_CONFIG, GPTQ_CONFIG, build_compressed_config({"proj": W4A16.scheme}), *[f.settings for f in FORMATS.values()]],
 )
 def test_tested_quantization_is_accepted(zoo, tmp_path, settings):
     assert build_vllm_config(zoo("llama"), tmp_path, settings).model_config.quantization
@@ -516,7 +519,10 @@ def test_per_head_cache_scales_raise(zoo, tmp_path):
         SnpatchError, match=r"a scale for each head of the cache .* a dual-stream model has twice the heads"
     ):
         build_vllm_config(
-            zoo("llama"), tmp_path, compressed({"proj": INT8.scheme}, kv_cache_scheme=HEADS), allow_untested=True
+            zoo("llama"),
+            tmp_path,
+            build_compressed_config({"proj": INT8.scheme}, kv_cache_scheme=HEADS),
+            allow_untested=True,
         )
 
 
