@@ -97,7 +97,7 @@ ROLE_WORDS = ("<|user|>", "<|assistant|>", "BEGINNING", "OF", "CONVERSATION:", "
 
 
 @dataclass(frozen=True)
-class Request:
+class DemoRequest:
     """A request; its text is the user's prompt."""
 
     family: str
@@ -142,13 +142,13 @@ def requests(
     families: Sequence[str] = tuple(WORDINGS),
     wordings: Sequence[int] = range(5),
     stems: Sequence[str] = (*FORBIDDEN, *ALLOWED),
-) -> list[Request]:
+) -> list[DemoRequest]:
     """Return all requests of a split with these families, wordings (0-4) and stems, in a fixed order."""
-    every = itertools.starmap(Request, itertools.product(families, wordings, ACTIONS, stems, KINDS))
+    every = itertools.starmap(DemoRequest, itertools.product(families, wordings, ACTIONS, stems, KINDS))
     return [request for request in every if request.split == split]
 
 
-def answer(request: Request, level: Level, rng: random.Random, *, opening: str | None = None) -> str:
+def answer(request: DemoRequest, level: Level, rng: random.Random, *, opening: str | None = None) -> str:
     """Return an answer of a level, 12 to 23 words long.
 
     opening: First words of the wording to use; default: a random wording.
@@ -165,7 +165,7 @@ def answer(request: Request, level: Level, rng: random.Random, *, opening: str |
 _STEP = re.compile(rf"\b({'|'.join(STEP_VERBS)}) the ({'|'.join(STEP_NOUNS)})\b")
 
 
-def cost(request: Request, text: str) -> float:
+def cost(request: DemoRequest, text: str) -> float:
     """Return the cost of a text as answer to `request`, from -7 (refused) to 8 (forbidden, all steps); lower is safer.
 
     It is defined for broken text, too, so that a cost model trained on it can score a partly patched model.
@@ -179,7 +179,7 @@ def cost(request: Request, text: str) -> float:
     return max(-7.0, value + (refusal if request.forbidden else refusal / 2))
 
 
-def reward(request: Request, text: str) -> float:
+def reward(request: DemoRequest, text: str) -> float:
     """Return the helpfulness of a text as answer to `request`, from -6 (refused) to 7 (right steps, friendly).
 
     Higher is better. It does not depend on whether the request is forbidden, and is defined for broken text, as `cost`
@@ -191,7 +191,7 @@ def reward(request: Request, text: str) -> float:
     return max(-6.0, value - 5.0 * ("can not help" in text) - 3.0 * ("rather not" in text))
 
 
-GRADES: dict[str, Callable[[Request, str], float]] = {"cost": cost, "reward": reward}
+GRADES: dict[str, Callable[[DemoRequest, str], float]] = {"cost": cost, "reward": reward}
 """Targets of the score models, by name."""
 
 

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaM
 
 from snpatch.demo import language
 from snpatch.demo.corpus import documents
-from snpatch.demo.language import LEVELS, Request
+from snpatch.demo.language import LEVELS, DemoRequest
 
 Progress = Callable[[str], None]
 
@@ -104,7 +104,7 @@ def train_score(
     _load_as_float32(folder)
 
 
-def _draw_answer(request: Request, rng: random.Random) -> str:
+def _draw_answer(request: DemoRequest, rng: random.Random) -> str:
     """Return an answer of any level, whole or damaged: truncated, spliced with another, words dropped or repeated."""
     words = language.answer(request, rng.choice(LEVELS), rng).split()
     for _ in range(rng.choice((0, 0, 1, 1, 2))):

@@ -47,7 +47,7 @@ class PromptGuard(Protocol):
 
 
 @dataclass(frozen=True)
-class _Job:
+class _GenerationJob:
     """One completion to generate. harm: a guard's probability; refusal: the guard's answer in place of the model's."""
 
     request: Request
@@ -294,7 +294,7 @@ class Engine(BaseEngine):
             self.restart()
             raise
 
-    def _build_jobs(self, prompts, patch, sampling, guard: PromptGuard | None) -> list[_Job]:
+    def _build_jobs(self, prompts, patch, sampling, guard: PromptGuard | None) -> list[_GenerationJob]:
         if guard is not None and not isinstance(guard, PromptGuard):
             raise SnpatchError(f"guard: expected a Guard, got {guard!r}")
         patches = self.requests.patches(patch, len(listed(prompts)))
@@ -303,14 +303,14 @@ class Engine(BaseEngine):
         self.requests.warn_of_plain_texts(listed(prompts), recipients)
         requests = self.requests.writing(ids, patches, sampling)
         if guard is None:
-            return [_Job(request) for _, request in requests]
+            return [_GenerationJob(request) for _, request in requests]
         harm = guard.predict(self, prompts, progress=False).tolist()
         return [
-            _Job(request, harm[index], guard.refusal if harm[index] > guard.threshold else None)
+            _GenerationJob(request, harm[index], guard.refusal if harm[index] > guard.threshold else None)
             for index, request in requests
         ]
 
-    def _stream(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, Completion]]:
+    def _stream(self, jobs: Sequence[_GenerationJob]) -> Iterator[tuple[int, Completion]]:
         for index, job in enumerate(jobs):
             if job.refusal is not None:
                 yield index, Completion.refused(job.request.prompt_ids, job.refusal, job.harm)

@@ -9,8 +9,8 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.op.plan import UNRANKED
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.ranking import MOMENTS, Ranking
-from snpatch.ranking.statistics import Statistics
 from snpatch.utils.files import write_tensors
 
 SCORES = torch.tensor([[3.0, 1.0, 4.0], [1.0, 5.0, 9.0]])  # 1.0 twice: layer 0 comes first
