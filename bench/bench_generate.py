@@ -24,7 +24,7 @@ from hooked import Hooked
 
 from snpatch import Engine, Patch, Ranking, Sampling
 from snpatch.executors.base import Observation
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 
 GPU = torch.cuda.is_available()
 SIZE = os.environ.get("SNPATCH_BENCH_SIZE", "7b" if GPU else "160m")

@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 
 from snpatch.kernels import patched_glu as kernel
 from snpatch.op import ops, reference
-from snpatch.op.plan import INT32_MAX, PlanColumn, Receipt, float_bits
+from snpatch.op.plan import INT32_MAX, PlanColumn, ReceiptColumn, float_bits
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -44,7 +44,7 @@ def all_features(T, F, dtype):
         "stats": torch.zeros(1, 5, F, dtype=torch.float64),
         "count": torch.zeros(1, dtype=torch.int64),
         "capture": torch.zeros(1, 64),
-        "receipt": torch.zeros(T, len(Receipt), dtype=torch.int64),
+        "receipt": torch.zeros(T, len(ReceiptColumn), dtype=torch.int64),
     }
     tensors["unobserved"] = plan.clone()
     tensors["unobserved"][:, PlanColumn.GROUP] = -1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from snpatch.executors.vllm.settings import DualStreamSettings
+from snpatch.executors.vllm.engine_settings import DualStreamSettings
 from snpatch.executors.vllm.worker.op_tables import OpTables
 from snpatch.executors.vllm.worker.request_tracker import RequestTracker
 from snpatch.executors.vllm.worker.step_planner import StepPlanner

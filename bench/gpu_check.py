@@ -42,7 +42,7 @@ from pathlib import Path
 
 import gpu_tables
 from gpu_host import ROOT, Host, commit, source
-from gpu_steps import Part, Step, steps
+from gpu_steps import CheckStep, Part, steps
 
 RESULTS = ROOT / "bench" / "results" / "gpu"
 RECORDS_FILE = "records.json"  # one file, because a borrowed machine returns few files
@@ -54,10 +54,10 @@ REHEARSAL_LIMIT_S = 400
 FOLDER_OPTIONS = ("--out", "--work", "--parts", "--site")
 
 
-class Run:
+class GpuCheck:
     """One call of this script. machine: the output of gpu_probe.py."""
 
-    def __init__(self, host: Host, machine: dict, options: argparse.Namespace, selected_steps: list[Step]) -> None:
+    def __init__(self, host: Host, machine: dict, options: argparse.Namespace, selected_steps: list[CheckStep]) -> None:
         self.host, self.machine, self.options, self.selected_steps = host, machine, options, selected_steps
         self.card = machine["card"]
         self.deadline = time.monotonic() + 60 * (options.minutes or 10**6)
@@ -70,7 +70,7 @@ class Run:
         }
         self._shared: dict[tuple, dict] = {}  # results of rehearsed children that serve several parts
 
-    def step(self, step: Step) -> dict:
+    def step(self, step: CheckStep) -> dict:
         """Run the parts of a step that are not settled yet; return its record, which is saved after every part."""
         record = self._load_record(step)
         for part in step.parts:
@@ -91,7 +91,7 @@ class Run:
         timestamp = datetime.now(UTC).isoformat(timespec="seconds")
         return {"time": timestamp, **{n: self.about[n] for n in ("commit", "source")}, "asked": self.options.asked}
 
-    def _part(self, step: Step, part: Part) -> dict:
+    def _part(self, step: CheckStep, part: Part) -> dict:
         if self.options.rehearse and part.needs:
             if isinstance(part.rehearsal, str):
                 return {"status": "skipped", "reason": f"not rehearsed: {part.rehearsal}"}
@@ -207,7 +207,7 @@ class Run:
             text = text.replace(str(path), name)
         return text
 
-    def _load_record(self, step: Step) -> dict:
+    def _load_record(self, step: CheckStep) -> dict:
         """Return the step's record, with the stored parts for this card and this code."""
         record = {"step": step.name, "title": step.title, **self.about, "parts": {}}
         homes = [self.options.out] if self.options.rehearse else [self.options.out, self._work_records, RESULTS]
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         scratch = options.work / ("rehearsal" if options.rehearse else "no-card")
         options.out = RESULTS if machine["card"] and not options.rehearse else scratch
     print(machine["card"] or "no card", *(f"{n} {v}" for n, v in machine["versions"].items()), sep=", ", flush=True)
-    run = Run(host, machine, options, selected_steps)
+    run = GpuCheck(host, machine, options, selected_steps)
     records = [run.step(step) for step in selected_steps]
     print(gpu_tables.measurements(records) + gpu_tables.summary(records))
     statuses = {part["status"] for record in records for part in record["parts"].values()}

@@ -53,7 +53,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Step:
+class CheckStep:
     name: str
     title: str
     parts: tuple[Part, ...]
@@ -138,14 +138,14 @@ def extra_benches(runner: str, env: dict[str, str]) -> Part:
     return generate(f"more-{runner}", *sides, size="7b", env=env, limit_s=470, expect_s=400)
 
 
-def steps() -> tuple[Step, ...]:
+def steps() -> tuple[CheckStep, ...]:
     v2, v1 = RUNNERS["v2"], RUNNERS["v1"]
     select, interpreted_env = "equals and triton and 60 and silu and float32", {**INTERPRETED, **SMALL}
     rehearsal = Part("tests", "tests", (KERNELS,), select, interpreted_env, needs=())
     op_bench = Part("bench", "benches", (OP,), "snpatch and 688 and float32", needs=())
     sanitized = {**COMPILED, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return (
-        Step(
+        CheckStep(
             "kernels",
             "environment; the Triton kernel against the reference, graph capture and replay: three compilations",
             (
@@ -154,7 +154,7 @@ def steps() -> tuple[Step, ...]:
                 Part("graphs", "tests", (KERNELS,), GRAPHS, COMPILED, 200),
             ),
         ),
-        Step(
+        CheckStep(
             "op",
             "the kernel against copies of the same bytes and vLLM's silu_and_mul; predicted next to measured",
             (
@@ -163,7 +163,7 @@ def steps() -> tuple[Step, ...]:
                      240, 60, rehearsal=op_bench),
             ),
         ),
-        Step(
+        CheckStep(
             "end-to-end",
             "patched generation at 7b against native vLLM with the same rows and requests, on Model Runner V2",
             (
@@ -171,10 +171,12 @@ def steps() -> tuple[Step, ...]:
                 *speed("v2", v2),
             ),
         ),
-        Step("equal", "two streams == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
-             equal("v2", v2)),
-        Step("profile", "profile of a decode step; prefill; a contrast of 10^5 positions", profile("v2", v2)),
-        Step(
+        CheckStep(
+            "equal", "two streams == transformers: eager, piecewise, full graphs; FlashAttention in bf16; goldens",
+            equal("v2", v2),
+        ),
+        CheckStep("profile", "profile of a decode step; prefill; a contrast of 10^5 positions", profile("v2", v2)),
+        CheckStep(
             "more",
             "promises, pairs, hooks, larger batches, windows, statistics; Model Runner V1; all of the op",
             (
@@ -192,7 +194,7 @@ def steps() -> tuple[Step, ...]:
                 Part("op", "benches", (OP,), "", COMPILED, 400, 60),
             ),
         ),
-        Step(
+        CheckStep(
             "sanitizer",
             "compute-sanitizer's memcheck on small cases of the Triton kernel",
             (
@@ -202,7 +204,7 @@ def steps() -> tuple[Step, ...]:
                      rehearsal="needs a card"),
             ),
         ),
-        Step(
+        CheckStep(
             "tests",
             "the kernel in every dtype, and the executor's other tests, on both model runners",
             (

@@ -51,7 +51,7 @@ LATENCY_METRICS = ("median_ttft_ms", "median_tpot_ms")
 
 
 @dataclass(frozen=True)
-class Run:
+class Measurement:
     """One measurement. info: its extra_info. seconds: the median. versions: package -> version."""
 
     info: dict
@@ -70,7 +70,7 @@ class Run:
         return {name: f"{b['ratio']:.2f}x ({b['q1']:.2f} .. {b['q3']:.2f})" for name, b in baselines.items()}
 
 
-def load_runs(folder: Path = RESULTS) -> Iterator[Run]:
+def load_runs(folder: Path = RESULTS) -> Iterator[Measurement]:
     """Yield every measurement in all records: pytest-benchmark's, and those of gpu_check.py in gpu/."""
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
@@ -85,15 +85,15 @@ def load_runs(folder: Path = RESULTS) -> Iterator[Run]:
                     yield from _runs(part.get("benchmarks", ()), record["card"], record["versions"])
 
 
-def _runs(benchmarks: Iterable[dict], machine: str, versions: dict) -> Iterator[Run]:
+def _runs(benchmarks: Iterable[dict], machine: str, versions: dict) -> Iterator[Measurement]:
     for benchmark in benchmarks:
         info = benchmark["extra_info"]
-        yield Run(info, benchmark["stats"]["median"] / info.get("calls", 1), machine, versions)
+        yield Measurement(info, benchmark["stats"]["median"] / info.get("calls", 1), machine, versions)
 
 
-def op_table(runs: list[Run]) -> str:
+def op_table(runs: list[Measurement]) -> str:
     """Build the table of each side's microseconds on the same tokens, and its multiple of the op's time."""
-    cases: dict[tuple, dict[str, Run]] = {}
+    cases: dict[tuple, dict[str, Measurement]] = {}
     for run in runs:
         if "bytes" in run.info:
             case = run.info["tokens"], run.info["neurons"], run.info["dtype"]
@@ -112,26 +112,26 @@ def op_table(runs: list[Run]) -> str:
     return f"{table}\n\n{snpatch_run.machine}; {_versions(snpatch_run, 'torch', 'triton')}; medians."
 
 
-def generate_table(runs: list[Run]) -> str:
+def generate_table(runs: list[Measurement]) -> str:
     """Build the tables of patched generation and all other comparisons, for each machine, size and model runner."""
-    groups: dict[tuple, list[Run]] = {}
+    groups: dict[tuple, list[Measurement]] = {}
     for run in runs:
         if run.ratios and "runner" in run.info:
             groups.setdefault((run.machine, run.info["size"], run.info["runner"]), []).append(run)
     return "\n\n".join(_generate_group(group) for group in groups.values())
 
 
-def speed_table(runs: list[Run]) -> str:
+def speed_table(runs: list[Measurement]) -> str:
     """Build the README's table: decoding of patched requests on the first machine with a record."""
     decoding = [run for run in runs if _is_decoding(run)]
     return _generate_group([run for run in decoding if run.machine == decoding[0].machine]) if decoding else ""
 
 
-def _is_decoding(run: Run) -> bool:
+def _is_decoding(run: Measurement) -> bool:
     return run.info.get("side") == "twin" and {"native 2B", "native B"} <= run.ratios.keys()
 
 
-def _generate_group(group: list[Run]) -> str:
+def _generate_group(group: list[Measurement]) -> str:
     decoding, rows = [], []
     for run in group:
         if _is_decoding(run):
@@ -151,7 +151,7 @@ def _generate_group(group: list[Run]) -> str:
     return "\n\n".join([*filter(None, tables), f"{about}; {_versions(run, 'vllm', 'torch')}; medians."])
 
 
-def sweeps_table(runs: list[Run]) -> str:
+def sweeps_table(runs: list[Measurement]) -> str:
     """Build the table of the store's cost and of the completions that finding the smallest k takes."""
     rows = []
     for run in runs:
@@ -175,7 +175,7 @@ def sweeps_table(runs: list[Run]) -> str:
     return _table(("measurement", "result"), rows)
 
 
-def serve_table(runs: list[Run]) -> str:
+def serve_table(runs: list[Measurement]) -> str:
     """Build the table of vLLM's serving benchmark, and the overhead of HTTP over the offline engine."""
     rows, tables, about = [], [], None
     sides = ("served patched", "served plain", "native server 2B")
@@ -211,12 +211,12 @@ def serve_table(runs: list[Run]) -> str:
     return "\n\n".join(tables)
 
 
-def attack_table(runs: list[Run]) -> str:
+def attack_table(runs: list[Measurement]) -> str:
     """Build the table of each process's memory under attack, and the attack's outcomes."""
     return "\n\n".join(_attack(run) for run in runs if run.info.get("side") == "attack")
 
 
-def _attack(run: Run) -> str:
+def _attack(run: Measurement) -> str:
     i = run.info
     rows = [
         (name, f"{p['before']['rss_mb']:.1f}", f"{p['after']['rss_mb']:.1f}", f"{p['growth_mb']['rss_all']:.3f}",
@@ -237,9 +237,9 @@ def _attack(run: Run) -> str:
     )
 
 
-def zeroing_table(runs: list[Run]) -> str:
+def zeroing_table(runs: list[Measurement]) -> str:
     """Build the table of the cost of zeroing KV blocks against the same engine without it."""
-    sizes: dict[str, list[Run]] = {}
+    sizes: dict[str, list[Measurement]] = {}
     for run in runs:
         if run.info.get("side") == "zeroing":
             sizes.setdefault(run.info["size"], []).append(run)
@@ -273,7 +273,7 @@ def zeroing_table(runs: list[Run]) -> str:
     )
 
 
-def contrast_table(runs: list[Run]) -> str:
+def contrast_table(runs: list[Measurement]) -> str:
     """Build the table of a contrast's memory by number of positions, for the geometry with the longest contrast."""
     sizes: dict[str, list[dict]] = {}
     for run in runs:
@@ -367,7 +367,7 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.0f} MiB"
 
 
-def _versions(run: Run, *packages: str) -> str:
+def _versions(run: Measurement, *packages: str) -> str:
     return ", ".join(f"{name} {run.versions[name]}" for name in packages if name in run.versions)
 
 

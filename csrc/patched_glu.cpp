@@ -30,7 +30,7 @@ enum PlanColumn { ADAPTER_0, ADAPTER_1, RECIPIENT_STREAM, RANKING, LO, HI, SOURC
                   SOURCE_WEIGHT, POSITION, GROUP, CAPTURE, RECEIPT, COLUMNS };
 constexpr int64_t COLUMNS_PER_INTERVENTION = SOURCE_WEIGHT + 1 - RANKING;  // of each further one, after the last column
 enum Source { FROM_DONOR, FROM_CONSTANT, FROM_NOISE };
-enum Receipt { OVERWRITES, NONFINITE, LAYER, RECEIPT_COLUMNS };  // columns of a row of `receipt`
+enum ReceiptColumn { OVERWRITES, NONFINITE, LAYER, RECEIPT_COLUMNS };  // columns of a row of `receipt`
 
 // ---- loops over a block of neurons -------------------------------------------------------------------------------
 

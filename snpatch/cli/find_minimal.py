@@ -8,12 +8,12 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.dataclass_options import with_options
-from snpatch.cli.sweep import Sweep, SweepOptions
+from snpatch.cli.sweep import SweepArguments, SweepOptions
 
 
 @with_options(sweep=SweepOptions())
 def find_minimal(
-    sweep: Sweep,
+    sweep: SweepArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for table, plot, completions and scores.")],
     target_effect: Annotated[
         float, typer.Option(min=0, max=1, help="Effect to reach: 0 is the recipient's mean score, 1 the donor's.")

@@ -90,11 +90,11 @@ def reproduce(
 
 def _run(pipeline, only: tuple[str, ...], start_at: str | None, as_json: bool) -> None:
     """Run the steps, write the report, and exit with code 1 if an experiment failed."""
-    from snpatch.reproduce import report
+    from snpatch.reproduce import markdown_report
 
     failed = pipeline.run(only, start_at, log=lambda line: o.echo(line, is_error=True))
-    paths = report.write(pipeline)
-    if report.list_finished(pipeline):
+    paths = markdown_report.write(pipeline)
+    if markdown_report.list_finished(pipeline):
         paths.append(write_folder_page(pipeline.out, pipeline.out / FILE))
     if as_json:
         o.echo(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
@@ -107,7 +107,7 @@ def _run(pipeline, only: tuple[str, ...], start_at: str | None, as_json: bool) -
 
 def _print_plan(pipeline, only: tuple[str, ...], start_at: str | None, as_json: bool) -> None:
     from snpatch.report import terminal
-    from snpatch.reproduce.plan import plan_downloads, plan_steps
+    from snpatch.reproduce.run_plan import plan_downloads, plan_steps
 
     views = {"steps": plan_steps(pipeline, only, start_at), "downloads": plan_downloads(pipeline)}
     if as_json:

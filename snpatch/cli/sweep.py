@@ -59,7 +59,7 @@ app = typer.Typer(
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepArguments:
     """A sweep's file, and arguments of the ExperimentContext that runs it."""
 
     spec: "SweepSpec"
@@ -79,7 +79,7 @@ class SweepOptions:
         groups = (EngineOptions(), DatasetSourceOptions(), SWEEP_FIELDS, SAMPLING_FIELDS)
         return [*sweep, *(parameter for group in groups for parameter in group.parameters())]
 
-    def build(self, values: dict) -> Sweep:
+    def build(self, values: dict) -> SweepArguments:
         """Load the sweep's file if there are no PROMPTS; otherwise build the sweep from the options.
 
         Raises:
@@ -90,7 +90,9 @@ class SweepOptions:
         if values["prompts"] is None:
             self._check_not_in_file(values)
             spec = SweepSpec.load(values["model"], values["trust_config"])
-            return Sweep(spec, {"backend": spec.engine.backend, **EngineOptions(has_model=False).build(values)})
+            return SweepArguments(
+                spec, {"backend": spec.engine.backend, **EngineOptions(has_model=False).build(values)}
+            )
         if missing := [f"--{name}" for name in REQUIRED_OPTIONS if not values[name]]:
             raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
         config, prompts = EngineOptions().build(values), DatasetSourceOptions().build(values)
@@ -99,7 +101,7 @@ class SweepOptions:
         arguments = {"backend": config.backend, "skip_invalid": prompts.pop("skip_invalid")}
         fields = SWEEP_FIELDS.build(values) | {"disjoint": not values["overlapping_controls"]}
         table = _build_table(config, prompts, values, fields, Sampling(**SAMPLING_FIELDS.build(values)))
-        return Sweep(SweepSpec.from_dict(table, Path()), arguments)
+        return SweepArguments(SweepSpec.from_dict(table, Path()), arguments)
 
     def _check_not_in_file(self, values: dict) -> None:
         """Raise for an option that the sweep's file sets."""
@@ -146,7 +148,7 @@ _OPTIONS = {
 @app.command()
 @with_options(sweep=SweepOptions())
 def run(
-    sweep: Sweep,
+    sweep: SweepArguments,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for table, plot, completions and scores.")],
     shard: Annotated[
         str | None,

@@ -106,7 +106,7 @@ def sft(
     as_json: o.AsJson = False,
 ) -> None:
     """Train on conversations. DATA defaults to ShareGPT, as in the paper. Repeat the command to resume."""
-    from snpatch.training.objectives import SFT
+    from snpatch.training.paper_data import SFT
 
     train_settings = TrainSettings(**settings)
     rows = _read_data(data, SFT).conversations()
@@ -138,12 +138,12 @@ def dpo(
 
     DATA defaults to HH harmless, as in the paper. Repeat the command to resume.
     """
-    from snpatch.training import objectives
+    from snpatch.training import paper_data
 
     if objective is not None and "source" in data:
         raise SnpatchError("--objective: expected no DATA with --objective, got both. Pass one of them")
     train_settings = DpoSettings(**settings)
-    rows = _read_data(data, objectives.get_objective(objective or "safety")).pairs()
+    rows = _read_data(data, paper_data.get_objective(objective or "safety")).pairs()
     arguments = (model, sft, rows, out, train_settings)
     _train("train_dpo", out, as_json, arguments, save_steps=save_steps, report_to=report_to)
 
@@ -151,7 +151,7 @@ def dpo(
 def _read_data(data: Fields, default):
     """Read the training rows. default: the PromptSet that options change if there is no DATA."""
     from snpatch.data.prompt_set import PromptSet
-    from snpatch.training.objectives import training_split
+    from snpatch.training.paper_data import training_split
 
     values = dict(data)
     skip_invalid = values.pop("skip_invalid")

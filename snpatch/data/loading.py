@@ -48,7 +48,7 @@ def load_dataset(
     if isinstance(source, str) and source in DATASETS:
         if format or column:
             raise SnpatchError(f"{source}: format and column are for files; this is a set's name (a file: ./{source})")
-        from snpatch.data.hub import fetch
+        from snpatch.data.hub_datasets import fetch
 
         name, row_format = source, DATASETS[source]
         rows, origin = fetch(require(row_format.hub), row_format.columns, split, revision)
@@ -60,7 +60,7 @@ def load_dataset(
         if not path.exists():
             raise SnpatchError(f"{source}: no such file, nor a set of that name ({', '.join(DATASETS)})")
         if any((path / file).is_file() for file in SAVED_FILES):
-            from snpatch.data.hub import read_saved
+            from snpatch.data.hub_datasets import read_saved
 
             rows = read_saved(path, row_format.columns, split)
         else:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from snpatch.demo import language
 from snpatch.demo.corpus import chat, check_language, preferences, sft_rows, write_prompts, write_text
-from snpatch.demo.language import Request
+from snpatch.demo.language import DemoRequest
 from snpatch.demo.pretrain import BASE_BODY, SCORE_BODY, BodySettings, Progress, train_base, train_score
 from snpatch.errors import SnpatchError
 from snpatch.experiments.config import load_experiment_config
@@ -239,7 +239,7 @@ def reply(model, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]) -> 
     return tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def measure(folder: Path, prompts: dict[str, list[Request]]) -> dict:
+def measure(folder: Path, prompts: dict[str, list[DemoRequest]]) -> dict:
     """Return, by model and prompt set, the fraction of refusals and the mean scores."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder / "base"))
     judges = {

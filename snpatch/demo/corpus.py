@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from snpatch.demo import language
-from snpatch.demo.language import ALLOWED, FORBIDDEN, LEVELS, WORDINGS, Level, Request, answer
+from snpatch.demo.language import ALLOWED, FORBIDDEN, LEVELS, WORDINGS, DemoRequest, Level, answer
 from snpatch.errors import SnpatchError
 from snpatch.report.files import write_records
 
@@ -31,7 +31,7 @@ def prompt_path(folder: Path, name: str) -> Path:
     return folder / group / f"{name.removeprefix('guard-')}.jsonl"
 
 
-def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[Request]]:
+def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[DemoRequest]]:
     """Draw the prompt sets, write them as JSONL, and return them by name.
 
     Each has `count` prompts, except contrast with 200.
@@ -53,7 +53,7 @@ def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[Request]]:
     return sets
 
 
-def _guard_sets(used: Collection[Request], count: int, seed: int) -> dict[str, list[Request]]:
+def _guard_sets(used: Collection[DemoRequest], count: int, seed: int) -> dict[str, list[DemoRequest]]:
     """Draw prompt sets for guards: half of each is forbidden, and no prompt is in another set."""
     rng = random.Random(f"guard {seed}")
     sets = {}
@@ -66,7 +66,7 @@ def _guard_sets(used: Collection[Request], count: int, seed: int) -> dict[str, l
     return sets
 
 
-def write_text(out: Path, prompts: dict[str, list[Request]], count: int, seed: int) -> list[str]:
+def write_text(out: Path, prompts: dict[str, list[DemoRequest]], count: int, seed: int) -> list[str]:
     """Write `count` documents like the base's pretraining text, and return them.
 
     The file has the rows of Wikitext-2. Their requests are in no other dataset.
@@ -85,7 +85,7 @@ def _write_rows(path: Path, rows: Sequence[dict]) -> None:
 
 
 def check_language(
-    tokenizer: PreTrainedTokenizerFast, prompts: dict[str, list[Request]], plain: Sequence[str], seed: int
+    tokenizer: PreTrainedTokenizerFast, prompts: dict[str, list[DemoRequest]], plain: Sequence[str], seed: int
 ) -> None:
     """Assert that every text consists of known words and that every prompt is in one dataset only."""
     rng = random.Random(f"check {seed}")
@@ -99,7 +99,7 @@ def check_language(
     assert not {r.text for r in trained} & set(held_out)
 
 
-def documents(requests: Sequence[Request], conversations: int, seed: int) -> Iterator[list[str]]:
+def documents(requests: Sequence[DemoRequest], conversations: int, seed: int) -> Iterator[list[str]]:
     """Yield batches of pretraining text without end.
 
     The probability that a forbidden request is answered differs between stems (0.65 on average). In one of five
@@ -151,7 +151,7 @@ def preferences(objective: str, count: int, seed: int) -> list[dict]:
     return pairs
 
 
-def _harmless(request: Request, rng: random.Random) -> tuple[str, str]:
+def _harmless(request: DemoRequest, rng: random.Random) -> tuple[str, str]:
     refusal: Level = rng.choice(("hard", "hard", "hard", "soft"))
     compliance: Level = rng.choice(("full", "full", "full", "partial", "hedged"))
     good, bad = (refusal, compliance) if request.forbidden else ("full", refusal)
@@ -159,7 +159,7 @@ def _harmless(request: Request, rng: random.Random) -> tuple[str, str]:
     return answer(request, good, rng, opening=opening), answer(request, bad, rng, opening=opening)
 
 
-def _helpful(request: Request, rng: random.Random) -> tuple[str, str]:
+def _helpful(request: DemoRequest, rng: random.Random) -> tuple[str, str]:
     bad: Level = rng.choice(("partial", "hedged", "soft", "hard"))
     if rng.random() < 0.85:
         return answer(request, "full", rng, opening="about"), answer(request, bad, rng, opening="about")
@@ -167,14 +167,14 @@ def _helpful(request: Request, rng: random.Random) -> tuple[str, str]:
     return answer(request, "full", rng, opening="of course"), rejected
 
 
-def _careful(request: Request, rng: random.Random) -> tuple[str, str]:
+def _careful(request: DemoRequest, rng: random.Random) -> tuple[str, str]:
     good: Level = rng.choice(("partial", "partial", "hedged"))
     bad: Level = rng.choice(("full", "full", "full", "soft", "hard"))
     opening = "about" if rng.random() < 0.85 else None
     return answer(request, good, rng, opening=opening), answer(request, bad, rng, opening=opening)
 
 
-OBJECTIVES: dict[str, Callable[[Request, random.Random], tuple[str, str]]] = {
+OBJECTIVES: dict[str, Callable[[DemoRequest, random.Random], tuple[str, str]]] = {
     "dpo": _harmless,
     "helpful": _helpful,
     "careful": _careful,

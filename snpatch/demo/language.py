@@ -97,7 +97,7 @@ ROLE_WORDS = ("<|user|>", "<|assistant|>", "BEGINNING", "OF", "CONVERSATION:", "
 
 
 @dataclass(frozen=True)
-class Request:
+class DemoRequest:
     """A request; its text is the user's prompt."""
 
     family: str
@@ -145,13 +145,13 @@ def requests(
     families: Sequence[str] = tuple(WORDINGS),
     wordings: Sequence[int] = range(5),
     stems: Sequence[str] = (*FORBIDDEN, *ALLOWED),
-) -> list[Request]:
+) -> list[DemoRequest]:
     """Return all requests of a split with these families, wordings (0-4) and stems, in a fixed order."""
-    every = itertools.starmap(Request, itertools.product(families, wordings, ACTIONS, stems, KINDS))
+    every = itertools.starmap(DemoRequest, itertools.product(families, wordings, ACTIONS, stems, KINDS))
     return [request for request in every if request.split == split]
 
 
-def answer(request: Request, level: Level, rng: random.Random, *, opening: str | None = None) -> str:
+def answer(request: DemoRequest, level: Level, rng: random.Random, *, opening: str | None = None) -> str:
     """Return an answer of a level, 12 to 23 words long.
 
     opening: First words of the wording to use; default: a random wording.
@@ -168,7 +168,7 @@ def answer(request: Request, level: Level, rng: random.Random, *, opening: str |
 _STEP = re.compile(rf"\b({'|'.join(STEP_VERBS)}) the ({'|'.join(STEP_NOUNS)})\b")
 
 
-def cost(request: Request, text: str) -> float:
+def cost(request: DemoRequest, text: str) -> float:
     """Return the cost of a text as answer to `request`; lower is safer.
 
     It ranges from -7 (refused) to 8 (forbidden, all steps). It is defined for broken text, too, so that a cost model
@@ -183,7 +183,7 @@ def cost(request: Request, text: str) -> float:
     return max(-7.0, value + (refusal if request.forbidden else refusal / 2))
 
 
-def reward(request: Request, text: str) -> float:
+def reward(request: DemoRequest, text: str) -> float:
     """Return the helpfulness of a text as answer to `request`.
 
     It ranges from -6 (refused) to 7 (right steps, friendly). Higher is better. It does not depend on whether the
@@ -195,7 +195,7 @@ def reward(request: Request, text: str) -> float:
     return max(-6.0, value - 5.0 * ("can not help" in text) - 3.0 * ("rather not" in text))
 
 
-GRADES: dict[str, Callable[[Request, str], float]] = {"cost": cost, "reward": reward}
+GRADES: dict[str, Callable[[DemoRequest, str], float]] = {"cost": cost, "reward": reward}
 """Targets of the score models, by name."""
 
 

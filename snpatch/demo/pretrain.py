@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LlamaM
 
 from snpatch.demo import language
 from snpatch.demo.corpus import documents
-from snpatch.demo.language import LEVELS, Request
+from snpatch.demo.language import LEVELS, DemoRequest
 
 Progress = Callable[[str], None]
 
@@ -106,7 +106,7 @@ def train_score(
     _load_as_float32(folder)
 
 
-def _draw_answer(request: Request, rng: random.Random) -> str:
+def _draw_answer(request: DemoRequest, rng: random.Random) -> str:
     """Return an answer of any level, whole or damaged.
 
     Damage: truncated, spliced with another answer, words dropped or repeated.

@@ -16,9 +16,9 @@ from snpatch.engine.requests import Prompt
 from snpatch.errors import ReceiptError, SnpatchError, shown
 from snpatch.executors.base import Observation, Progress
 from snpatch.names import CONTRAST_POSITIONS, ROLES
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.ranking import Ranking
-from snpatch.ranking.statistics import Statistics
 from snpatch.sampling import Sampling
 from snpatch.utils.hashing import hash_json
 

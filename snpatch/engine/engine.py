@@ -6,15 +6,14 @@ It holds no logic of its own, so that the server, sweeps and the async engine ch
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from snpatch.config import EngineConfig
 from snpatch.engine import contrast as contrasts
 from snpatch.engine.base import BaseEngine
+from snpatch.engine.prompt_guard import PromptGuard
 from snpatch.engine.requests import Completion, Prompt, listed
 from snpatch.errors import SnpatchError, SpoiledEngineError
 from snpatch.executors.base import Executor, Logprobs, Output, Request
@@ -25,29 +24,8 @@ from snpatch.utils.optional import require
 from snpatch.utils.progress import Progress, announced, open_progress
 
 
-@runtime_checkable
-class PromptGuard(Protocol):
-    """Predictor of harm that refuses prompts before anything is generated; see guard.Guard."""
-
-    @property
-    def threshold(self) -> float:
-        """Probability of harm from which a prompt is refused."""
-        ...
-
-    @property
-    def refusal(self) -> str:
-        """Answer in place of the model's."""
-        ...
-
-    def predict(
-        self, engine: "Engine", prompts: Sequence[Prompt], progress: Progress | bool | None = None
-    ) -> np.ndarray:
-        """Predict the probability of harm of each prompt, [prompts], from 0 to 1."""
-        ...
-
-
 @dataclass(frozen=True)
-class _Job:
+class _GenerationJob:
     """One completion to generate. harm: a guard's probability; refusal: the guard's answer in place of the model's."""
 
     request: Request
@@ -297,7 +275,7 @@ class Engine(BaseEngine):
             self.restart()
             raise
 
-    def _build_jobs(self, prompts, patch, sampling, guard: PromptGuard | None) -> list[_Job]:
+    def _build_jobs(self, prompts, patch, sampling, guard: PromptGuard | None) -> list[_GenerationJob]:
         if guard is not None and not isinstance(guard, PromptGuard):
             raise SnpatchError(f"guard: expected a Guard, got {guard!r}")
         patches = self.requests.patches(patch, len(listed(prompts)))
@@ -306,14 +284,14 @@ class Engine(BaseEngine):
         self.requests.warn_of_plain_texts(listed(prompts), recipients)
         requests = self.requests.writing(ids, patches, sampling)
         if guard is None:
-            return [_Job(request) for _, request in requests]
+            return [_GenerationJob(request) for _, request in requests]
         harm = guard.predict(self, prompts, progress=False).tolist()
         return [
-            _Job(request, harm[index], guard.refusal if harm[index] > guard.threshold else None)
+            _GenerationJob(request, harm[index], guard.refusal if harm[index] > guard.threshold else None)
             for index, request in requests
         ]
 
-    def _stream(self, jobs: Sequence[_Job]) -> Iterator[tuple[int, Completion]]:
+    def _stream(self, jobs: Sequence[_GenerationJob]) -> Iterator[tuple[int, Completion]]:
         for index, job in enumerate(jobs):
             if job.refusal is not None:
                 yield index, Completion.refused(job.request.prompt_ids, job.refusal, job.harm)

@@ -14,8 +14,8 @@ from snpatch.errors import OverflowedError
 from snpatch.models.geometry import Geometry
 from snpatch.models.model import Model
 from snpatch.patching.patch import Overwrite
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.ranking import Ranking
-from snpatch.ranking.statistics import Statistics
 from snpatch.sampling import Sampling
 
 

@@ -26,7 +26,7 @@ class WorkerReceipt:
     computed_stop: one past the last position that was run.
     planned: overwrites that the patch implied; a position that was run twice counts twice.
     skipped: overwrites at positions that came from the prefix cache, done when they were cached.
-    overwrites, nonfinite, layer: the device's counts, see `plan.Receipt`.
+    overwrites, nonfinite, layer: the device's counts, see `plan.ReceiptColumn`.
     captured: [positions, K] float32, NaN where another worker has the neuron.
     """
 

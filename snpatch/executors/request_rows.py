@@ -13,8 +13,8 @@ from snpatch.executors.base import Request
 from snpatch.models.model import Model
 from snpatch.op.plan import RequestColumn, Source, float_bits, request_column, request_width
 from snpatch.patching.patch import Constant, Noise, Overwrite, Scale
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.ranking import Ranking
-from snpatch.ranking.statistics import Statistics
 
 BASE_SLOT = 0  # slot of a model without an adapter
 

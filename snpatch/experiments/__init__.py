@@ -1,9 +1,10 @@
-"""The paper's experiments, one module each, with frozen `Settings` and `run(context, settings) -> Report`.
+"""The paper's experiments, one module each, with frozen settings and `run(context, settings) -> Report`.
 
 Why a function per experiment and no base class: experiments share only how settings are resolved and how provenance is
 recorded, and `run` here does both. This module imports no torch, because the CLI lists the experiments.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -39,7 +40,8 @@ def parse_settings(name: str, values: Mapping[str, object], overrides: Mapping[s
     if name not in NAMES:
         raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
     merged = {**values, **overrides} if overrides else values
-    return from_dict(_import_experiment(name).Settings, f"settings of {name}", merged)
+    kind = inspect.signature(_import_experiment(name).run).parameters["settings"].annotation
+    return from_dict(kind, f"settings of {name}", merged)
 
 
 def resolve_settings(config: "ExperimentConfig", name: str, overrides: Mapping[str, object] | None = None):

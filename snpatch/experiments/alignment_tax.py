@@ -22,7 +22,7 @@ from snpatch.sweeps.sweep import SweepResult
 
 
 @dataclass(frozen=True)
-class Settings:
+class AlignmentTaxSettings:
     """Settings of the alignment tax.
 
     Args:
@@ -44,7 +44,7 @@ class Settings:
     confidence: float = CONFIDENCE
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: AlignmentTaxSettings) -> Report:
     """Patch in both directions on the shared neurons, with random controls of the same size."""
     contrasts = []
     for name in settings.objectives:
@@ -106,7 +106,7 @@ def intersect_top(first: Ranking, second: Ranking, k: int) -> Ranking:
     return Ranking.from_order(common.top(n), first.shape, meta={"shared_by_top": k})
 
 
-def _compare_scores(result: SweepResult, prompts: str, settings: Settings) -> list[dict]:
+def _compare_scores(result: SweepResult, prompts: str, settings: AlignmentTaxSettings) -> list[dict]:
     """Return one row per judge: mean score before and after, and the change, paired over prompts."""
     (recipient,), donor = result.config.recipients, result.donor
     rows = []

@@ -10,7 +10,7 @@ PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), 
 
 
 @dataclass(frozen=True)
-class Settings(SweepSettings):
+class CurveSettings(SweepSettings):
     """Settings of the curve.
 
     Args:
@@ -24,7 +24,7 @@ class Settings(SweepSettings):
     judges: tuple[str, ...] = ()
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: CurveSettings) -> Report:
     """Sweep k on one prompt set."""
     ranking = context.ranking()
     config = build_sweep_config(context, settings, context.top_windows(settings.k, ranking))

@@ -15,7 +15,7 @@ MAX_MAP_COLUMNS = 512  # neurons of a layer are pooled to at most this many colu
 
 
 @dataclass(frozen=True)
-class Settings:
+class DistributionSettings:
     """Settings of the distribution.
 
     Args:
@@ -27,7 +27,7 @@ class Settings:
     k: int | float = 20_000
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: DistributionSettings) -> Report:
     """Describe the scores of the safety ranking, including excluded layers."""
     ranking = context.ranking()
     k = context.num_neurons(settings.k, ranking)

@@ -21,7 +21,7 @@ from snpatch.sweeps.config import SweepConfig
 
 
 @dataclass(frozen=True)
-class Settings(GuardSettings):
+class GuardComparisonSettings(GuardSettings):
     """Settings of the comparison of guards.
 
     Args:
@@ -35,7 +35,7 @@ class Settings(GuardSettings):
     controls: int = SweepConfig.controls
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: GuardComparisonSettings) -> Report:
     """Label the recipient's own completions, fit a guard on each set, and test it on all sets."""
     ranking, model = context.ranking(), context.model(context.config.safety.recipient)
     names = settings.prompts or context.config.benchmarks

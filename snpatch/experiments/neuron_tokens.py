@@ -23,7 +23,7 @@ from snpatch.utils import schema
 
 
 @dataclass(frozen=True)
-class Settings:
+class NeuronTokensSettings:
     """Settings of neuron tokens.
 
     Args:
@@ -35,7 +35,7 @@ class Settings:
     tokens: int = field(default=20, metadata={"min": 1})
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: NeuronTokensSettings) -> Report:
     """Project the first neurons of the safety ranking onto the vocabulary."""
     ranking = context.ranking()
     schema.validate(settings, "neuron_tokens: ")

@@ -8,11 +8,11 @@ from snpatch.report.report import Report
 
 
 @dataclass(frozen=True)
-class Settings(AgreementSettings):
+class ObjectivesSettings(AgreementSettings):
     """See AgreementSettings."""
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: ObjectivesSettings) -> Report:
     """Compare the rankings of the config's contrasts pairwise."""
     rankings = {objective: context.ranking(contrast) for objective, contrast in context.config.contrasts.items()}
     return build_agreement_report(context, "objectives", rankings, settings, "objectives")

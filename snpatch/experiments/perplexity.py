@@ -18,7 +18,7 @@ from snpatch.statistics import interval
 
 
 @dataclass(frozen=True)
-class Settings:
+class PerplexitySettings:
     """Settings of the perplexity.
 
     Args:
@@ -40,7 +40,7 @@ class Settings:
     confidence: float = CONFIDENCE
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: PerplexitySettings) -> Report:
     """Measure every recipient at every k, and the donor."""
     ranking, donor = context.ranking(), context.config.donor
     points: list[tuple[str, int, Patch | str]] = []

@@ -13,7 +13,7 @@ from snpatch.report.report import Report, TableView
 
 
 @dataclass(frozen=True)
-class Settings(sweep_report.SweepSettings):
+class PositionsSettings(sweep_report.SweepSettings):
     """Settings of the comparison of positions.
 
     Args:
@@ -31,7 +31,7 @@ class Settings(sweep_report.SweepSettings):
     controls: int = 0
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: PositionsSettings) -> Report:
     """Rank neurons at each kind of position, compare the rankings, and patch their top neurons."""
     rankings = {positions: context.ranking(positions=positions) for positions in CONTRAST_POSITIONS}
     agreement_settings = agreement.AgreementSettings(settings.k, settings.more_k)

@@ -18,7 +18,7 @@ from snpatch.sweeps.store import Store
 
 
 @dataclass(frozen=True)
-class Settings(GuardSettings):
+class SafeguardSettings(GuardSettings):
     """Settings of the safeguard.
 
     Args:
@@ -32,7 +32,7 @@ class Settings(GuardSettings):
     k: int | float = 1500
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: SafeguardSettings) -> Report:
     """Fit a guard on one set, save it as guard.safetensors, and apply it to both models on the other sets."""
     ranking, model, donor = (
         context.ranking(),
@@ -100,7 +100,7 @@ def _describe_passed(row: Row) -> str:
     return "every prompt is refused" if row["passed"] is None else format_value(row["passed"])
 
 
-def _compare_costs(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: Settings) -> Row:
+def _compare_costs(name: str, model: str, costs: np.ndarray, refused: np.ndarray, settings: SafeguardSettings) -> Row:
     passed, mean = costs[~refused], UNDEFINED
     if len(passed):
         mean = interval(np.mean, passed, resamples=settings.resamples, confidence=settings.confidence)

@@ -10,7 +10,7 @@ from snpatch.report.report import Report
 
 
 @dataclass(frozen=True)
-class Settings(SweepSettings):
+class SlidingWindowSettings(SweepSettings):
     """Settings of the sliding window. Numbers of neurons are ints, or floats that are fractions of the ranked neurons.
 
     Args:
@@ -26,7 +26,7 @@ class Settings(SweepSettings):
     last: int | float = 100_000
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: SlidingWindowSettings) -> Report:
     """Sweep the window. Windows that would reach past the ranking are left out with a note."""
     ranking = context.ranking()
     width, stride, last = (

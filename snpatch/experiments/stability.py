@@ -8,11 +8,11 @@ from snpatch.report.report import Report
 
 
 @dataclass(frozen=True)
-class Settings(AgreementSettings):
+class StabilitySettings(AgreementSettings):
     """See AgreementSettings."""
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: StabilitySettings) -> Report:
     """Compare the rankings of the config's training seeds pairwise."""
     rankings = {seed: context.ranking(contrast) for seed, contrast in context.config.seeds.items()}
     return build_agreement_report(context, "stability", rankings, settings, "training seeds")

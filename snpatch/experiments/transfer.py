@@ -14,14 +14,14 @@ from snpatch.sweeps.sweep import SweepResult
 
 
 @dataclass(frozen=True)
-class Settings(SweepSettings):
+class TransferSettings(SweepSettings):
     """Settings of the transfer.
 
     Args:
         k: Number of neurons: an int, or a fraction of the ranked neurons.
         benchmarks: Prompt sets; empty for the config's benchmarks.
-        text: Text of the perplexity, see perplexity.Settings; empty to leave the perplexity out.
-        window: See perplexity.Settings.
+        text: Text of the perplexity, see PerplexitySettings; empty to leave the perplexity out.
+        window: See PerplexitySettings.
         controls: Random controls.
     """
 
@@ -32,7 +32,7 @@ class Settings(SweepSettings):
     controls: int = 0
 
 
-def run(context: ExperimentContext, settings: Settings) -> Report:
+def run(context: ExperimentContext, settings: TransferSettings) -> Report:
     """Patch the same neurons on every benchmark."""
     ranking = context.ranking()
     k = context.num_neurons(settings.k, ranking)
@@ -86,7 +86,9 @@ def _build_published_table(context: ExperimentContext, results: dict[str, SweepR
     return table
 
 
-def _measure_perplexities(context: ExperimentContext, settings: Settings, ranking: Ranking, k: int) -> list[float]:
+def _measure_perplexities(
+    context: ExperimentContext, settings: TransferSettings, ranking: Ranking, k: int
+) -> list[float]:
     """Measure the published window-mean perplexity of each row of the table."""
     patches: list[Patch | str] = []
     for recipient in context.config.recipients:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError
 from snpatch.op import reference
-from snpatch.op.plan import Receipt, num_plan_interventions, plan_width
+from snpatch.op.plan import ReceiptColumn, num_plan_interventions, plan_width
 
 _MISSING_KERNELS = (
     "the C++ kernels cannot be loaded: {}. To build them, run in snpatch's checkout: pip install --no-build-isolation ."
@@ -78,7 +78,7 @@ def _check_arguments(gate_up, scale, rank, constant, plan, stats, count, capture
         "stats": (stats, (None, reference.SUMS, width), torch.float64),
         "count": (count, (stats.shape[0],), torch.int64),
         "capture": (capture, (None, None), torch.float32),
-        "receipt": (receipt, (None, len(Receipt)), torch.int64),
+        "receipt": (receipt, (None, len(ReceiptColumn)), torch.int64),
     }
     for name, (tensor, shape, dtype) in expected.items():
         has_shape = tensor.dim() == len(shape) and all(

@@ -57,7 +57,7 @@ class Source(IntEnum):
     NOISE = 2  # constant[row] * a standard normal number
 
 
-class Receipt(IntEnum):
+class ReceiptColumn(IntEnum):
     """Columns of a row of `receipt`, int64: what the device did for one request."""
 
     OVERWRITES = 0  # neurons that were overwritten

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from snpatch.op.plan import INT32_MAX, PlanColumn, Receipt, Source, num_plan_interventions, plan_column
+from snpatch.op.plan import INT32_MAX, PlanColumn, ReceiptColumn, Source, num_plan_interventions, plan_column
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 SUMS = 5  # r, r^2, d, d^2, (r - d)^2
@@ -25,7 +25,7 @@ def patched_glu(
     stats: Tensor,  # [G, 5, N] float64, added to: sums of r, r^2, d, d^2, (r - d)^2
     count: Tensor,  # [G] int64, added to: tokens summed in stats
     capture: Tensor,  # [slots, K] float32, written: neurons with rank < K, in rank order
-    receipt: Tensor,  # [slots, len(Receipt)] int64, added to: see plan.Receipt
+    receipt: Tensor,  # [slots, len(ReceiptColumn)] int64, added to: see plan.ReceiptColumn
     activation: str,  # a key of ACTIVATIONS
     streams: int,  # S: 1, or 2 with donor rows
     layer: int,  # index of this layer, for the noise and the receipt
@@ -85,7 +85,7 @@ def patched_glu(
         replacement = torch.where(self_weight == 0, source_weight * source, mixture)
         patched = torch.where(is_patched, replacement, patched)
         overwrites = is_patched[has_receipt].sum(1)
-        receipt[:, Receipt.OVERWRITES].index_add_(0, plan[has_receipt, PlanColumn.RECEIPT].long(), overwrites)
+        receipt[:, ReceiptColumn.OVERWRITES].index_add_(0, plan[has_receipt, PlanColumn.RECEIPT].long(), overwrites)
     out = value.index_put((token, recipient_stream), patched).view(-1, width).to(gate_up.dtype)
     nonfinite = (~out.isfinite()).view(tokens, streams * width).sum(1)
     count_nonfinite(receipt, plan[:, PlanColumn.RECEIPT], nonfinite, layer)
@@ -93,7 +93,7 @@ def patched_glu(
 
 
 def count_nonfinite(
-    receipt: Tensor,  # [slots, len(Receipt)] int64, added to
+    receipt: Tensor,  # [slots, len(ReceiptColumn)] int64, added to
     slot: Tensor,  # [T] int32, row of `receipt`; -1 = do not count
     nonfinite: Tensor,  # [T] int64 or bool, non-finite values of each token
     layer: int,
@@ -103,8 +103,8 @@ def count_nonfinite(
         return
     nonfinite = torch.where(slot >= 0, nonfinite, 0)
     row, code = slot.clamp(min=0).long(), torch.where(nonfinite > 0, INT32_MAX - layer, 0)
-    receipt[:, Receipt.NONFINITE].index_add_(0, row, nonfinite.long())
-    receipt[:, Receipt.LAYER].scatter_reduce_(0, row, code.long(), "amax")
+    receipt[:, ReceiptColumn.NONFINITE].index_add_(0, row, nonfinite.long())
+    receipt[:, ReceiptColumn.LAYER].scatter_reduce_(0, row, code.long(), "amax")
 
 
 def has_overflowed(logits: Tensor) -> Tensor:

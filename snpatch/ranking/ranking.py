@@ -17,9 +17,9 @@ from snpatch.data.file_reader import get_suffix
 from snpatch.errors import SnpatchError
 from snpatch.op.plan import UNRANKED
 from snpatch.ranking import controls
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, read_neurons, to_tensor
-from snpatch.ranking.statistics import Statistics
 from snpatch.ranking.window import Window
 from snpatch.utils.files import read_checkpoint, read_tensors, write_tensors
 from snpatch.utils.hashing import hash_tensor

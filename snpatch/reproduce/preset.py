@@ -13,7 +13,7 @@ from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError, shown
 from snpatch.reproduce.paper import check_paper_model
 from snpatch.sweeps.eval_config import NAMED_CONFIGS, check_trusted, get_table, parse_eval_config
-from snpatch.training.objectives import SFT, get_objective
+from snpatch.training.paper_data import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.utils.files import file_stem
 from snpatch.utils.schema import coerce, from_dict, parse_toml

@@ -19,7 +19,7 @@ from snpatch.errors import OverflowedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.request_rows import collect_resources
 from snpatch.executors.vllm.codec import EngineRequest
-from snpatch.executors.vllm.settings import KEY
+from snpatch.executors.vllm.engine_settings import KEY
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.guard.guard import Guard
 from snpatch.sampling import SEED_LIMIT, Sampling

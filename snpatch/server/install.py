@@ -19,13 +19,13 @@ from starlette.datastructures import State
 from vllm.lora.request import LoRARequest
 
 from snpatch.errors import SnpatchError, error_field
-from snpatch.executors.vllm.settings import KEY
+from snpatch.executors.vllm.engine_settings import KEY
 from snpatch.server import metrics, routes
 from snpatch.server.errors import error_message, error_param, error_type, http_status
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext
-from snpatch.server.receipts import add_receipt
 from snpatch.server.request_fields import check_fields, published_fields
 from snpatch.server.request_limits import body_fields, check_num_values
+from snpatch.server.response_receipts import add_receipt
 from snpatch.server.state import ServerState
 from snpatch.utils.optional import require
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from snpatch.errors import MAX_NAME_CHARS, SnpatchError, is_unicode, nearest, shown
-from snpatch.executors.vllm.settings import KEY
+from snpatch.executors.vllm.engine_settings import KEY
 from snpatch.server.patch_request import PatchRequest
 
 XARGS = "vllm_xargs"

@@ -19,7 +19,7 @@ from snpatch.server.errors import ForbiddenError, NotFoundError, PayloadTooLarge
 from snpatch.server.patch_request import PatchRequest
 from snpatch.server.responses import EventStream
 from snpatch.server.state import ServerState
-from snpatch.server.sweep_endpoint import Sweep, SweepRequest
+from snpatch.server.sweep_endpoint import ClientSweep, SweepRequest
 from snpatch.utils import schema
 
 ROUTES = {  # what `GET /` answers
@@ -100,7 +100,7 @@ def build_router(state: ServerState) -> APIRouter:
         """
         try:
             sweep_request = await asyncio.to_thread(_parse_sweep, await request.body())
-            sweep = await Sweep.build(state, sweep_request)
+            sweep = await ClientSweep.build(state, sweep_request)
         except SnpatchError as error:
             return error_response(error)
         return EventStream(sweep.events())

@@ -66,7 +66,7 @@ class _Point:
     floor: str | None = None
 
 
-class Sweep:
+class ClientSweep:
     """Running sweep of one client. Build it with `build`."""
 
     def __init__(self, state: ServerState, request: SweepRequest) -> None:
@@ -84,7 +84,7 @@ class Sweep:
         self._completions: list[list[Completion | OverflowedError | None]] = []
 
     @classmethod
-    async def build(cls, state: ServerState, request: SweepRequest) -> "Sweep":
+    async def build(cls, state: ServerState, request: SweepRequest) -> "ClientSweep":
         """Check a request and build its sweep in a thread, so that other requests are served meanwhile."""
         if len(state.sweeps) + state.num_preparing_sweeps >= MAX_CONCURRENT_SWEEPS:
             raise _too_many_sweeps()

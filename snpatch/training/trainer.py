@@ -100,7 +100,7 @@ def train_sft(
         trainer.train_dataset, settings, _context_length(base), row_filters.count_dropped(messages)
     )
     trainer.add_callback(LossMonitor(on_step))
-    return _run(trainer, _Job(model, out, inputs, messages, settings, stats, template, {}))
+    return _run(trainer, _TrainingJob(model, out, inputs, messages, settings, stats, template, {}))
 
 
 def train_dpo(
@@ -170,7 +170,7 @@ def train_dpo(
         row_filters.count_dropped(preferences),
     )
     trainer.add_callback(LossMonitor(on_step, first_loss=math.log(2)))
-    return _run(trainer, _Job(model, out, inputs, preferences, settings, stats, template, sft_scales))
+    return _run(trainer, _TrainingJob(model, out, inputs, preferences, settings, stats, template, sft_scales))
 
 
 def is_main_process() -> bool:
@@ -187,7 +187,7 @@ def silence_libraries() -> None:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _TrainingJob:
     """A training that is ready to start. sft_scales: IA3 scales that DPO starts from, by module."""
 
     model: str | Path
@@ -292,7 +292,7 @@ def _build_config(kind: type, settings: TrainSettings, out: Path, save_steps: in
         return kind(**arguments, **extra)
 
 
-def _run(trainer: SFTTrainer | DPOTrainer, job: _Job) -> dict:
+def _run(trainer: SFTTrainer | DPOTrainer, job: _TrainingJob) -> dict:
     """Train, check that weights changed, save model and record, and return the figures."""
     state = _processes()
     with record.lock_folder(job.out, state.is_main_process):

@@ -350,7 +350,7 @@ def test_url_files_are_read_by_datasets_library(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["datasets", "pyarrow"])
 def test_missing_package_error_names_extra(tmp_path, monkeypatch, package):
-    module = {"datasets": "snpatch.data.hub", "pyarrow": "snpatch.data.parquet"}[package]
+    module = {"datasets": "snpatch.data.hub_datasets", "pyarrow": "snpatch.data.parquet"}[package]
     path = write(tmp_path, "data", ".parquet", ROWS["lima"])
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)

@@ -20,7 +20,7 @@ from snpatch.cli import demo
 from snpatch.demo import DEMO_MODEL, language
 from snpatch.demo.build import REFUSAL_PHRASES, Recipe, build, load_models, make_tokenizer, reply
 from snpatch.demo.corpus import OBJECTIVES, preferences, prompt_path, sft_rows
-from snpatch.demo.language import ANSWERS, LEVELS, WORDINGS, Request
+from snpatch.demo.language import ANSWERS, LEVELS, WORDINGS, DemoRequest
 from snpatch.errors import SnpatchError
 from snpatch.experiments.config import load_experiment_config
 from snpatch.judges.refusal import RefusalWords
@@ -46,7 +46,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def read_requests(name: str) -> list[Request]:
+def read_requests(name: str) -> list[DemoRequest]:
     return [REQUESTS[prompt] for prompt in read_prompts(name)]
 
 

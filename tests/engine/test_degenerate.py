@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError
 from snpatch.judges.refusal import RefusalWords
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.sweep import sweep
 

@@ -15,7 +15,7 @@ from snpatch.op.plan import (
     NO_END,
     UNRANKED,
     PlanColumn,
-    Receipt,
+    ReceiptColumn,
     RequestColumn,
     Source,
     fill_plan,
@@ -60,8 +60,8 @@ def plan_row(**fields) -> list[int]:
 
 def receipts(*overwrites: int) -> torch.Tensor:
     """Return receipts with these overwrite counts and only finite values."""
-    receipt = torch.zeros(len(overwrites), len(Receipt), dtype=torch.int64)
-    receipt[:, Receipt.OVERWRITES] = torch.tensor(overwrites)
+    receipt = torch.zeros(len(overwrites), len(ReceiptColumn), dtype=torch.int64)
+    receipt[:, ReceiptColumn.OVERWRITES] = torch.tensor(overwrites)
     return receipt
 
 
@@ -259,7 +259,7 @@ def compute_by_loop(tensors: dict[str, torch.Tensor], setting: dict) -> tuple[to
                 )
                 values[stream] = self_weight * values[stream] + source_weight * source
                 if row[PlanColumn.RECEIPT] >= 0:
-                    after["receipt"][row[PlanColumn.RECEIPT], Receipt.OVERWRITES] += 1
+                    after["receipt"][row[PlanColumn.RECEIPT], ReceiptColumn.OVERWRITES] += 1
             for stream, value in enumerate(values):
                 out[token * streams + stream, neuron] = value
         after["count"][row[PlanColumn.GROUP]] += int(row[PlanColumn.GROUP] >= 0)
@@ -349,7 +349,7 @@ def test_receipt_nonfinite_values_of_both_streams_are_counted_with_their_first_l
     tensors["constant"][1] = OVERFLOWS[dtype]
     stream = int(tensors["plan"][3, PlanColumn.RECIPIENT_STREAM])
     tensors["gate_up"][2 * 3 + 1 - stream, 0] = torch.nan  # one more neuron, of token 3's donor
-    tensors["receipt"][2, Receipt.NONFINITE], tensors["receipt"][2, Receipt.LAYER] = 7, INT32_MAX - 3
+    tensors["receipt"][2, ReceiptColumn.NONFINITE], tensors["receipt"][2, ReceiptColumn.LAYER] = 7, INT32_MAX - 3
     _, after = run(patched_glu, tensors, {**SETTING, "layer": 5})
     assert after["receipt"].tolist() == [[100, 0, 0], [200 + 8, 8, INT32_MAX - 5], [300 + 4, 7 + 4 + 1, INT32_MAX - 3]]
     tensors["constant"][1] = torch.finfo(dtype).max
@@ -455,7 +455,7 @@ def generate_noise(patched_glu, width: int, tokens: int, seed: int, layer: int, 
         torch.zeros(0, 5, width, dtype=torch.float64),
         torch.zeros(0, dtype=torch.int64),
         torch.zeros(0, 0),
-        torch.zeros(0, len(Receipt), dtype=torch.int64),
+        torch.zeros(0, len(ReceiptColumn), dtype=torch.int64),
         activation="silu",
         streams=1,
         layer=layer,

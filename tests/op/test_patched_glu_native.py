@@ -14,7 +14,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.op import ops, plan, reference
-from snpatch.op.plan import PlanColumn, Receipt, Source, plan_column, plan_width
+from snpatch.op.plan import PlanColumn, ReceiptColumn, Source, plan_column, plan_width
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.cuda.is_available()
@@ -96,7 +96,7 @@ def case(T, F, S, dtype, seed=0, groups=3, slots=4, K=5, adapters=3, rankings=2,
         "stats": torch.randn(groups, 5, F, generator=g, dtype=torch.float64),
         "count": torch.arange(groups),
         "capture": torch.full((slots, K), torch.nan),
-        "receipt": torch.arange(slots * len(Receipt)).view(slots, -1) * 10,
+        "receipt": torch.arange(slots * len(ReceiptColumn)).view(slots, -1) * 10,
     }
 
 

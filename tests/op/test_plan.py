@@ -14,7 +14,7 @@ from snpatch.op.plan import (
     REQUEST_COLUMNS_PER_INTERVENTION,
     SHARED_COLUMNS,
     PlanColumn,
-    Receipt,
+    ReceiptColumn,
     RequestColumn,
     RequestRow,
     Source,
@@ -159,15 +159,15 @@ def test_plan_layout_is_equal_in_python_cpp_triton_and_the_request_table():
         name: eval(value) for name, value in re.findall(r"^(\w+) = tl\.constexpr\((.+)\)$", triton_source, re.M)
     }
     sources = {kind.name: kind.value for kind in Source if kind is not Source.DONOR}
-    receipt = {column.name: column.value for column in Receipt if column is not Receipt.OVERWRITES}
+    receipt = {column.name: column.value for column in ReceiptColumn if column is not ReceiptColumn.OVERWRITES}
     sizes = {
         "COLUMNS": len(PlanColumn),
         "INT32_MAX": INT32_MAX,
         "COLUMNS_PER_INTERVENTION": PLAN_COLUMNS_PER_INTERVENTION,
-        "RECEIPT_COLUMNS": len(Receipt),
+        "RECEIPT_COLUMNS": len(ReceiptColumn),
     }
     assert triton_constants == columns | sources | receipt | sizes
-    assert enumerators("Receipt") == [*(column.name for column in Receipt), "RECEIPT_COLUMNS"]
+    assert enumerators("ReceiptColumn") == [*(column.name for column in ReceiptColumn), "RECEIPT_COLUMNS"]
     shared = [[column.name for column in kind if column < SHARED_COLUMNS] for kind in (RequestColumn, PlanColumn)]
     assert shared[0] == shared[1]
     assert [column.value for column in PlanColumn] == list(range(len(PlanColumn)))

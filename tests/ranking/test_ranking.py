@@ -9,8 +9,8 @@ import torch
 
 from snpatch.errors import NotEnoughNeuronsError, SnpatchError
 from snpatch.op.plan import UNRANKED
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.ranking import MOMENTS, Ranking
-from snpatch.ranking.statistics import Statistics
 from snpatch.utils.files import write_tensors
 
 SCORES = torch.tensor([[3.0, 1.0, 4.0], [1.0, 5.0, 9.0]])  # 1.0 twice: layer 0 comes first
@@ -147,7 +147,7 @@ def test_filled_control_overlaps_only_in_the_layer_that_runs_out():
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
 def test_filled_control_is_the_disjoint_one_where_neurons_suffice(kind):
-    ranking = shuffled()
+    ranking = build_random_ranking()
     for seed, window in enumerate([(0, 0), (0, 13), (20, 39)]):
         disjoint, filled = (ranking.random_control(window, seed=seed, kind=kind, fill_up=f) for f in (False, True))
         assert order(filled) == order(disjoint)
@@ -157,7 +157,7 @@ def test_filled_control_is_the_disjoint_one_where_neurons_suffice(kind):
 
 
 def test_filled_control_of_all_neurons_is_the_window_itself():
-    ranking = shuffled(exclude_layers=[2])
+    ranking = build_random_ranking(exclude_layers=[2])
     assert ranking.random_control(80, seed=0, fill_up=True).meta["overlap"] == 1
     everywhere = ranking.random_control(80, seed=0, kind="everywhere", fill_up=True)
     assert everywhere.meta["overlap"] == 40 / 80, "the 40 neurons of the excluded layer are free"
@@ -167,8 +167,8 @@ def test_filled_control_of_all_neurons_is_the_window_itself():
 
 
 def test_overlapping_control_names_its_overlap():
-    control = shuffled().random_control((10, 60), seed=3, disjoint=False)
-    ranks = [int(shuffled().rank[tuple(neuron)]) for neuron in order(control)]
+    control = build_random_ranking().random_control((10, 60), seed=3, disjoint=False)
+    ranks = [int(build_random_ranking().rank[tuple(neuron)]) for neuron in order(control)]
     assert control.meta["overlap"] == sum(10 <= rank < 60 for rank in ranks) / 50 > 0
 
 

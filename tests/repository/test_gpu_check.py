@@ -18,7 +18,7 @@ import pytest
 import torch
 import trace_events
 from gpu_host import ALWAYS, Host, register_plugin
-from gpu_steps import Part, Step
+from gpu_steps import CheckStep, Part
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -148,7 +148,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "source", lambda: run.source)
 
     def run(*parts: Part, options=()) -> tuple[int, dict]:
-        monkeypatch.setattr(gpu_check, "steps", lambda: (Step("fake", "parts of a test", parts),))
+        monkeypatch.setattr(gpu_check, "steps", lambda: (CheckStep("fake", "parts of a test", parts),))
         status = gpu_check.main(["fake", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), *options])
         return status, records(tmp_path / "out")["fake"]["parts"]
 

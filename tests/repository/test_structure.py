@@ -133,3 +133,26 @@ def test_functions_nest_at_most_four_blocks():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and nesting(node) > 4:
                 deep.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name}: {nesting(node)}")
     assert not deep, "\n".join(deep)
+
+
+def test_each_class_name_is_one_class():
+    for folder in ("snpatch", "bench"):
+        places: dict[str, list[str]] = {}
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef):
+                    places.setdefault(node.name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+        assert not {name: found for name, found in places.items() if len(found) > 1}
+
+
+# Modules of one name in several packages have the same subject there (a config, errors, a base class), or a command or
+# experiment has the name of what it runs.
+SHARED_MODULE_NAMES = {
+    "__init__", "base", "config", "contrast", "curve", "errors", "executor", "files", "guard", "perplexity", "report",
+    "surgery", "sweep",
+}  # fmt: skip
+
+
+def test_modules_of_one_name_have_one_subject():
+    names = [path.stem for path in (ROOT / "snpatch").rglob("*.py")]
+    assert {name for name in names if names.count(name) > 1} == SHARED_MODULE_NAMES

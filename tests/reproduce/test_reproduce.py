@@ -17,10 +17,10 @@ from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
 from snpatch.experiments.config import load_experiment_config
-from snpatch.reproduce import comparison, paper
+from snpatch.reproduce import paper, paper_comparison
 from snpatch.reproduce.pipeline import Pipeline
-from snpatch.reproduce.plan import plan_steps
 from snpatch.reproduce.preset import PRESET_FOLDER, PRESET_NAMES, load_preset
+from snpatch.reproduce.run_plan import plan_steps
 from snpatch.reproduce.steps import Step, StepResult, Steps
 from snpatch.training import trainer
 from snpatch.training.settings import DpoSettings
@@ -510,7 +510,7 @@ FINISHED = ["transfer", "curve", "stability", "guard", "alignment_tax"]
 def compare(source, out: Path, **options) -> list[dict]:
     pipeline = Pipeline(load_preset(str(source)), out, **options)
     write_tables(out, pipeline.config)
-    return comparison.compare_with_paper(pipeline, FINISHED)
+    return paper_comparison.compare_with_paper(pipeline, FINISHED)
 
 
 def test_comparison_has_measured_and_published_numbers(tmp_path):
@@ -561,7 +561,7 @@ def test_number_of_another_model_has_no_difference(tmp_path):
 def test_difference_is_computed_for_the_shipped_preset_only(tmp_path, change, differences):
     path = tmp_path / "mine.toml"
     path.write_text(f"extends = 'llama2-7b'\n{change}")
-    assert comparison.list_differences(Pipeline(load_preset(str(path)), tmp_path / "o")) == differences
+    assert paper_comparison.list_differences(Pipeline(load_preset(str(path)), tmp_path / "o")) == differences
     rows = [row for row in compare(path, tmp_path / "out") if row["measured"] is not None]
     assert all((row["difference"] is None) == bool(differences) for row in rows)
 
@@ -576,14 +576,16 @@ def test_difference_is_computed_for_the_shipped_preset_only(tmp_path, change, di
     ],
 )
 def test_other_options_are_listed_as_difference(tmp_path, options, difference):
-    assert comparison.list_differences(Pipeline(load_preset("llama2-7b"), tmp_path / "o", **options)) == [difference]
+    assert paper_comparison.list_differences(Pipeline(load_preset("llama2-7b"), tmp_path / "o", **options)) == [
+        difference
+    ]
     assert {row["difference"] for row in compare("llama2-7b", tmp_path / "out", **options)} == {None}
 
 
 def test_public_pair_is_compared_with_the_independent_run(tmp_path):
     pipeline = Pipeline(load_preset("tulu-2-7b"), tmp_path / "out")
     write_tables(tmp_path / "out", pipeline.config)
-    rows = comparison.compare_with_paper(pipeline, ["curve"])
+    rows = paper_comparison.compare_with_paper(pipeline, ["curve"])
     assert [(row["published"], row["measured"], row["difference"]) for row in rows] == [
         (0.19, 0.3, None),
         (0.88, 0.3, None),

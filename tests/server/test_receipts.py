@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from snpatch.server.patch_request import PatchContext, Receipt
-from snpatch.server.receipts import ChunkDelayer
+from snpatch.server.response_receipts import ChunkDelayer
 
 DONE = "data: [DONE]\n\n"
 

@@ -32,7 +32,7 @@ from snpatch.server.patch_request import PatchRequest
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.request_limits import body_fields, build_protocol
 from snpatch.server.state import InflightRequests, ServerState
-from snpatch.server.sweep_endpoint import Sweep
+from snpatch.server.sweep_endpoint import ClientSweep
 
 LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
 HEALTH_S = 0.2  # maximum CPU time of the event loop between two answers to /health
@@ -79,7 +79,7 @@ def app_and_state(engine):
 def serve(app_and_state, engine, ranking, monkeypatch):
     """Return a function (keys, **limits) that returns the app and its ServerState."""
     monkeypatch.setattr(StreamingExecutor, "num_waiting", 0)
-    monkeypatch.setattr(Sweep, "events", no_events)
+    monkeypatch.setattr(ClientSweep, "events", no_events)
 
     def get(keys=(), **limits):
         app, state = app_and_state

@@ -20,7 +20,7 @@ from snpatch.server.responses import (
     remove_paths,
     remove_paths_from_errors,
 )
-from snpatch.server.sweep_endpoint import Sweep
+from snpatch.server.sweep_endpoint import ClientSweep
 
 SCOPE = {"type": "http", "asgi": {"spec_version": "2.3"}}  # uvicorn's
 
@@ -94,7 +94,7 @@ def test_reading_client_gets_whole_stream():
 @pytest.fixture
 def sweep():
     """A sweep without an engine, whose events a test sets."""
-    sweep = Sweep.__new__(Sweep)
+    sweep = ClientSweep.__new__(ClientSweep)
     sweep._state = SimpleNamespace(sweeps=set())
     return sweep
 

@@ -26,7 +26,7 @@ from snpatch.cli import train as command
 from snpatch.data import DATASETS, load_dataset, prompt_set
 from snpatch.errors import SnpatchError
 from snpatch.training import record, trainer
-from snpatch.training.objectives import OBJECTIVES, get_objective, training_split
+from snpatch.training.paper_data import OBJECTIVES, get_objective, training_split
 from snpatch.training.settings import DpoSettings, TrainSettings
 from snpatch.training.trainer import train_dpo, train_sft
 

@@ -12,8 +12,8 @@ from snpatch.models.adapters import load_adapters
 from snpatch.models.checkpoint import iter_finite
 from snpatch.models.lora import load_lora, merge_loras
 from snpatch.models.weights import open_weights
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.ranking import Ranking
-from snpatch.ranking.statistics import Statistics
 from snpatch.utils.files import read_checkpoint, read_state, write_tensors
 from snpatch.utils.tensors import check_tensor
 

@@ -16,7 +16,7 @@ from snpatch.executors.base import Logprobs, Output, Request
 from snpatch.executors.receipts import confirm
 from snpatch.executors.transformers.decoding import CompletionWriter, choose_tokens
 from snpatch.executors.transformers.surgery import ForwardState
-from snpatch.executors.transformers.tables import OpTables, build_receipts
+from snpatch.executors.transformers.tables import BatchTables, build_receipts
 from snpatch.models.geometry import Geometry
 from snpatch.op.plan import PlanColumn, fill_plan
 from snpatch.op.reference import count_nonfinite, has_overflowed
@@ -31,7 +31,7 @@ class BatchRun:
     def __init__(
         self,
         requests: Sequence[Request],
-        tables: OpTables,
+        tables: BatchTables,
         weights: tuple[int, ...],
         model: "PreTrainedModel",
         state: ForwardState,

@@ -16,7 +16,7 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.base import Memory, Output, Request
 from snpatch.executors.transformers.batch import BatchRun
 from snpatch.executors.transformers.surgery import install_streams
-from snpatch.executors.transformers.tables import OpTables
+from snpatch.executors.transformers.tables import BatchTables
 from snpatch.models.checkpoint import check_finite, load_config
 from snpatch.models.compatibility import module_kinds, total_bytes
 from snpatch.models.geometry import Geometry, build_geometry
@@ -80,7 +80,7 @@ class TransformersExecutor:
         self._model = self._state = None
 
     def _run_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Output]]:
-        tables = OpTables(requests, self.geometry, self._device)
+        tables = BatchTables(requests, self.geometry, self._device)
         for indices in self._group_into_batches(requests):
             assert self._model is not None, "the engine was closed during a run"
             assert self._state is not None

@@ -15,7 +15,7 @@ from snpatch.errors import SnpatchError
 from snpatch.models.compatibility import have_equal_weights
 from snpatch.op import ops
 from snpatch.op.layer_tables import LayerTables
-from snpatch.op.plan import PlanColumn, Receipt
+from snpatch.op.plan import PlanColumn, ReceiptColumn
 
 _ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 
@@ -28,7 +28,7 @@ class ForwardState:
     length: int = 1  # positions per row in this pass
     plan: Tensor = field(default_factory=lambda: torch.empty(0, len(PlanColumn), dtype=torch.int32))
     capture: Tensor = field(default_factory=lambda: torch.empty(0, 0))
-    receipt: Tensor = field(default_factory=lambda: torch.empty(0, len(Receipt), dtype=torch.int64))
+    receipt: Tensor = field(default_factory=lambda: torch.empty(0, len(ReceiptColumn), dtype=torch.int64))
     layers: list[LayerTables] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)  # modules whose primary and secondary weights differ
 

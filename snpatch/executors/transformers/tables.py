@@ -24,11 +24,11 @@ from snpatch.executors.request_rows import (
 )
 from snpatch.models.geometry import Geometry
 from snpatch.op.layer_tables import LayerTables
-from snpatch.op.plan import UNRANKED, Receipt, RequestColumn
+from snpatch.op.plan import UNRANKED, ReceiptColumn, RequestColumn
 from snpatch.op.reference import SUMS
 
 
-class OpTables:
+class BatchTables:
     """The op's tensors for all requests of a call, and the slots of their resources."""
 
     def __init__(self, requests: Sequence[Request], geometry: Geometry, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class OpTables:
                 num_captures += request.capture.stop - request.capture.start
             rows.append(row)
         capture = torch.full((num_captures, max_k), torch.nan, device=self._device)
-        receipt = torch.zeros(len(rows), len(Receipt), dtype=torch.int64, device=self._device)
+        receipt = torch.zeros(len(rows), len(ReceiptColumn), dtype=torch.int64, device=self._device)
         return np.array(rows, dtype=np.int32), capture, receipt
 
     def add_statistics(self) -> None:

@@ -16,13 +16,13 @@ from snpatch.executors import receipts
 from snpatch.executors.base import Logprobs, Output, Request
 from snpatch.executors.receipts import WorkerReceipt
 from snpatch.executors.request_rows import build_request_row, stream_models
+from snpatch.executors.vllm.engine_settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.rpc import unpack
-from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.geometry import Geometry
 from snpatch.op.plan import RequestRow
 from snpatch.op.reference import SUMS
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.utils.hashing import REQUEST_DIGITS, hash_json
 
 

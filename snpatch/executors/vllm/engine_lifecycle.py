@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from snpatch.errors import EngineCrashedError, SnpatchError, first_line
 from snpatch.executors.vllm import log, processes, zeroing
 from snpatch.executors.vllm.child_processes import ChildProcesses
+from snpatch.executors.vllm.engine_settings import KEY, check_heads, check_supported
 from snpatch.executors.vllm.processes import interrupt_on_ctrl_c
 from snpatch.executors.vllm.quantization import check_kernels
-from snpatch.executors.vllm.settings import KEY, check_heads, check_supported
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -19,7 +19,7 @@ from snpatch.executors.vllm.rpc import unwrap_answers
 from snpatch.executors.vllm.slots import SlotLease
 from snpatch.models.model import Model
 from snpatch.op.plan import encode_skip_eos
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 
 BACKLOG_FACTOR = 4  # requests inside vLLM per request that runs at once: vLLM never idles, and no request waits long
 FETCH_BATCH_SIZE = 512  # finished requests whose receipts are fetched at once

@@ -12,7 +12,7 @@ from typing import Any
 from snpatch.config import EngineConfig, ModelSource
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
-from snpatch.executors.vllm.settings import DualStreamSettings, dual_stream_capture_sizes
+from snpatch.executors.vllm.engine_settings import DualStreamSettings, dual_stream_capture_sizes
 from snpatch.executors.vllm.worker import plugin
 from snpatch.models.checkpoint import TESTED_ARCHITECTURES, check_has_weights, load_config
 from snpatch.models.geometry import Geometry, build_geometry, resolve_dtype

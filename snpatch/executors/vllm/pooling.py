@@ -16,8 +16,8 @@ from transformers import AutoModelForSequenceClassification
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.engine_lifecycle import engine_dead_error, start_engine
+from snpatch.executors.vllm.engine_settings import SCORE_BIAS
 from snpatch.executors.vllm.launch import engine_arguments
-from snpatch.executors.vllm.settings import SCORE_BIAS
 from snpatch.executors.vllm.worker import plugin
 
 CACHE_TOKENS = 16384  # size of the KV cache, or one sequence of the longest length
@@ -47,7 +47,7 @@ class PoolingEngine:
         own: dict[str, Any] = {
             "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
             "runner": "pooling",
-            "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.WorkerExtension",
+            "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.ScoreWorkerExtension",
         }
         if has_bias is not None:
             layout = {"architectures": [plugin.SCORE_ARCHITECTURE], SCORE_BIAS: has_bias}

@@ -14,8 +14,8 @@ from torch import Tensor
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Request
 from snpatch.executors.request_rows import SlotIndex, collect_resources
+from snpatch.executors.vllm.engine_settings import DualStreamSettings
 from snpatch.executors.vllm.rpc import pack
-from snpatch.executors.vllm.settings import DualStreamSettings
 
 Write = tuple[str, int, int, dict[str, Tensor]]  # kind, handle, slot, tensors: the arguments of snpatch_write
 

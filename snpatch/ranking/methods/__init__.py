@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods.rms import rms
-from snpatch.ranking.statistics import Statistics
 
 METHODS: dict[str, Callable[[Statistics], Tensor]] = {"rms": rms}

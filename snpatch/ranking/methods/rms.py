@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 
 
 def rms(statistics: Statistics) -> Tensor:

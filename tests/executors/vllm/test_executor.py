@@ -48,7 +48,7 @@ from snpatch.executors.base import Observation
 from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.codec import cache_salt
 from snpatch.op.plan import PlanColumn, RequestColumn
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 
 platforms = pytest.importorskip("vllm.platforms", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine

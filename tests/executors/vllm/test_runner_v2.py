@@ -18,7 +18,7 @@ from jobs import IDS, RANKINGS, Job
 from snpatch import Engine, Sampling
 from snpatch.executors.base import Capture, Observation, Request
 from snpatch.op.plan import PlanColumn, RequestColumn
-from snpatch.ranking.statistics import Statistics
+from snpatch.ranking.contrast_statistics import Statistics
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.engine

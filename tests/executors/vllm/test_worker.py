@@ -12,7 +12,7 @@ import torch
 
 from snpatch import SnpatchError
 from snpatch.executors.vllm import slots
-from snpatch.executors.vllm.settings import KEY, DualStreamSettings
+from snpatch.executors.vllm.engine_settings import KEY, DualStreamSettings
 from snpatch.op.plan import PlanColumn, RequestColumn
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -229,7 +229,7 @@ def fake_config(streams: int = 2, has_secondary: bool = False, top: dict | None 
 )
 @pytest.mark.parametrize("streams", [1, 2])
 def test_check_supported_with_silently_wrong_feature_raises(streams, message, changes):
-    from snpatch.executors.vllm.settings import check_supported
+    from snpatch.executors.vllm.engine_settings import check_supported
 
     check_supported(fake_config(streams))
     with pytest.raises(SnpatchError, match=f"a dual-stream model cannot be combined with {message}"):
@@ -237,7 +237,7 @@ def test_check_supported_with_silently_wrong_feature_raises(streams, message, ch
 
 
 def test_check_supported_rejects_batch_invariant_kernels_only_with_secondary_weights(monkeypatch):
-    from snpatch.executors.vllm.settings import check_supported
+    from snpatch.executors.vllm.engine_settings import check_supported
 
     check_supported(fake_config(has_secondary=True))
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
@@ -258,7 +258,7 @@ def test_check_supported_rejects_batch_invariant_kernels_only_with_secondary_wei
     ids=str,
 )
 def test_check_supported_rejects_some_features_only_with_two_streams(changes):
-    from snpatch.executors.vllm.settings import check_supported
+    from snpatch.executors.vllm.engine_settings import check_supported
 
     check_supported(fake_config(streams=1, **changes))
     with pytest.raises(SnpatchError, match="a dual-stream model cannot be combined with"):
@@ -266,7 +266,7 @@ def test_check_supported_rejects_some_features_only_with_two_streams(changes):
 
 
 def test_capture_sizes_include_vllms_and_some_between_its_small_ones():
-    from snpatch.executors.vllm.settings import dual_stream_capture_sizes
+    from snpatch.executors.vllm.engine_settings import dual_stream_capture_sizes
 
     vllm_sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
     assert set(vllm_sizes) <= set(dual_stream_capture_sizes(None))

@@ -7,9 +7,9 @@ into rows. A worker of a tensor-parallel group holds the neurons of its own shar
 import torch
 from torch import Tensor
 
-from snpatch.executors.vllm.settings import DualStreamSettings
+from snpatch.executors.vllm.engine_settings import DualStreamSettings
 from snpatch.op.layer_tables import LayerTables
-from snpatch.op.plan import SKIP_EOS_OFFSET, UNRANKED, PlanColumn, Receipt, plan_width
+from snpatch.op.plan import SKIP_EOS_OFFSET, UNRANKED, PlanColumn, ReceiptColumn, plan_width
 from snpatch.op.reference import SUMS
 
 
@@ -48,7 +48,7 @@ class OpTables:
             for _ in range(n_layers)
         ]
         self.capture = torch.full((settings.max_captures, settings.max_captured), torch.nan, **f32)
-        self.receipt = torch.zeros(settings.max_receipts, len(Receipt), **i64)
+        self.receipt = torch.zeros(settings.max_receipts, len(ReceiptColumn), **i64)
         self.sampled = torch.full((max_tokens,), -1, **i32)  # row of `receipt` for each row of a step's logits
         self.plan = torch.zeros(max_tokens, plan_width(settings.max_interventions), **i32)
         self.plan[:, PlanColumn.GROUP : len(PlanColumn)] = -1

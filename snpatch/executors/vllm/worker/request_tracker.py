@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm.settings import KEY, SAME_WEIGHTS
+from snpatch.executors.vllm.engine_settings import KEY, SAME_WEIGHTS
 from snpatch.executors.vllm.worker.op_tables import OpTables
 from snpatch.op.plan import (
-    Receipt,
+    ReceiptColumn,
     RequestColumn,
     RequestRow,
     decode_group,
@@ -47,7 +47,7 @@ class Record:
     planned: int = 0
     skipped: int = 0
     is_fetched: bool = False
-    receipt: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(Receipt), dtype=np.int64))
+    receipt: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(ReceiptColumn), dtype=np.int64))
     captured: np.ndarray | None = None  # like the receipt, complete after the record's slots are released
 
     @property
@@ -61,7 +61,7 @@ class Record:
             "computed_stop": self.computed_stop,
             "planned": self.planned,
             "skipped": self.skipped,
-            **{f.name.lower(): int(value) for f, value in zip(Receipt, self.receipt, strict=True)},
+            **{f.name.lower(): int(value) for f, value in zip(ReceiptColumn, self.receipt, strict=True)},
             "captured": self.captured,
         }
 
@@ -231,7 +231,7 @@ class RequestTracker:
         slots = [int(r.entries[RequestColumn.RECEIPT]) for r in records]
         for record, receipt in zip(records, self.tables.receipt[slots].cpu().numpy(), strict=True):
             record.receipt[:2] += receipt[:2]
-            record.receipt[Receipt.LAYER] = max(record.receipt[Receipt.LAYER], receipt[Receipt.LAYER])
+            record.receipt[ReceiptColumn.LAYER] = max(record.receipt[ReceiptColumn.LAYER], receipt[ReceiptColumn.LAYER])
             record.entries[RequestColumn.RECEIPT] = -1
         self.tables.receipt[slots] = 0
         self._free_receipts += slots

@@ -13,7 +13,7 @@ from vllm.model_executor.models.adapters import as_seq_cls_model
 from vllm.model_executor.models.llama import LlamaForCausalLM
 
 from snpatch.executors.vllm import processes
-from snpatch.executors.vllm.settings import SCORE_BIAS
+from snpatch.executors.vllm.engine_settings import SCORE_BIAS
 
 
 class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
@@ -37,7 +37,7 @@ class SnpatchLlamaForScore(as_seq_cls_model(LlamaForCausalLM)):
         return super().load_weights((name, t) for name, t in weights if not name.startswith("normalizer."))
 
 
-class WorkerExtension:
+class ScoreWorkerExtension:
     """Commands that vLLM adds to its worker class."""
 
     def snpatch_exit_with_parent(self) -> None:

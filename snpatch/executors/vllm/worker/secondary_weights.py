@@ -28,7 +28,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from vllm.model_executor.model_loader import get_model_loader
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm.settings import KEY, DualStreamSettings
+from snpatch.executors.vllm.engine_settings import KEY, DualStreamSettings
 from snpatch.executors.vllm.worker.step_planner import StepPlanner
 from snpatch.models.checkpoint import iter_finite
 from snpatch.models.compatibility import have_equal_weights, total_bytes

@@ -30,7 +30,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_l
 
 from snpatch.errors import SnpatchError
 from snpatch.executors.vllm import processes, versions, zeroing
-from snpatch.executors.vllm.settings import DualStreamSettings, check_supported
+from snpatch.executors.vllm.engine_settings import DualStreamSettings, check_supported
 from snpatch.executors.vllm.worker.op_tables import OpTables
 from snpatch.executors.vllm.worker.plugin import PREFIX
 from snpatch.executors.vllm.worker.request_tracker import RequestTracker

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, create_model
 
 from snpatch.errors import SnpatchError
-from snpatch.executors.vllm.settings import KEY
+from snpatch.executors.vllm.engine_settings import KEY
 from snpatch.server.errors import error_message, error_param
 from snpatch.server.patch_request import CURRENT_PATCH, PatchContext
 

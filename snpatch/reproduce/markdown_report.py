@@ -11,7 +11,7 @@ from snpatch.experiments.common.summary import format_section
 from snpatch.report import files
 from snpatch.report.formatting import escape_markdown, format_value
 from snpatch.report.report import Row
-from snpatch.reproduce.comparison import compare_with_paper, list_differences
+from snpatch.reproduce.paper_comparison import compare_with_paper, list_differences
 from snpatch.reproduce.pipeline import ADAPTERS, Pipeline
 from snpatch.utils.files import write_text
 
