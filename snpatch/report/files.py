@@ -13,6 +13,7 @@ from pathlib import Path
 from snpatch.errors import SnpatchError
 from snpatch.report.report import Report, Row
 from snpatch.utils.files import atomic_write, file_stem, write_text
+from snpatch.utils.optional import install_hint
 
 
 def write_report(report: Report, folder: str | Path) -> list[Path]:
@@ -65,7 +66,7 @@ def write_records(records: Sequence[Row], path: str | Path) -> None:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise SnpatchError("parquet needs pyarrow: pip install 'snpatch[data]'") from None
+            raise SnpatchError(f"writing Parquet needs more packages: {install_hint('data')}") from None
         with atomic_write(path) as partial:
             parquet.write_table(pyarrow.Table.from_pylist(list(records)), partial)
     else:
