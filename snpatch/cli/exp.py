@@ -8,7 +8,7 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.dataclass_options import EngineOptions, Fields, SkipInvalid, TrustConfig, parse_values, with_options
-from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.errors import ReceiptError, SnpatchError, unknown_name
 from snpatch.experiments import DESCRIPTIONS, NAMES
 
 
@@ -27,7 +27,7 @@ def exp(
     ] = Path("snpatch-results"),
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Setting of the experiment as name=value, e.g. k=[0,200]. May be repeated."),
+        typer.Option("--set", help="Setting of the experiment as name=value, e.g. k=[0,200]. Repeatable."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts of each set.")] = None,
     skip_invalid: SkipInvalid = False,
@@ -98,9 +98,11 @@ def run_experiments(
     selected = list(NAMES) if names == ["all"] else names
     unknown = [name for name in selected if name not in NAMES]
     if unknown:
-        raise SnpatchError(f"no experiment named {unknown[0]!r}: there are {', '.join(NAMES)}, or all")
+        raise unknown_name("experiment", unknown[0], [*NAMES, "all"])
     if settings and len(selected) > 1:
-        raise SnpatchError("--set is for one experiment; for several, write the settings into the experiment config")
+        raise SnpatchError(
+            f"--set: expected one experiment, got {len(selected)}. Write the settings into the experiment config."
+        )
     experiment_config = load_experiment_config(config, trust)
     for name in {**experiment_config.settings, **dict.fromkeys(selected)}:
         experiments.resolve_settings(experiment_config, name, settings if name in selected else None)

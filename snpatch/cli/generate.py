@@ -22,7 +22,7 @@ def generate(
     config: EngineConfig,
     prompts: Prompts,
     sampling: Fields,
-    recipient: Annotated[str, typer.Option(help="Name of the model that is patched and generates.")] = "base",
+    recipient: Annotated[str, typer.Option(help="Recipient: the model to patch and to generate with.")] = "base",
     donor: Annotated[
         str | None,
         typer.Option(
@@ -41,7 +41,11 @@ def generate(
         str, typer.Option(help=f"Patched positions: {', '.join(POSITIONS)}, or the index to start from.")
     ] = "all",
     strength: Annotated[
-        float, typer.Option(help="1: the donor's value; 0 to 1: a mixture; above 1 amplifies, below 0 reverses.")
+        float,
+        typer.Option(
+            help="Patch strength: 1 copies the donor's value, 0.5 averages recipient and donor, 2 doubles the "
+            "difference, -1 reverses it."
+        ),
     ] = 1.0,
     out: o.Out = None,
     as_json: o.AsJson = False,
@@ -55,9 +59,11 @@ def generate(
     if out:
         check_writable(out)
     if donor is None and (ranking or window or positions != "all" or strength != 1):
-        raise SnpatchError("--ranking, --window, --positions and --strength need --donor")
-    if donor and (ranking is None or window is None):
-        raise SnpatchError("--donor needs --ranking and --window")
+        raise SnpatchError(
+            "--donor: expected with --ranking, --window, --positions or --strength, got none. Pass --donor."
+        )
+    if donor and (missing := [f"--{n}" for n, value in (("ranking", ranking), ("window", window)) if value is None]):
+        raise SnpatchError(f"--donor: expected --ranking and --window with it. Pass {' and '.join(missing)}.")
     patch = recipient
     if donor:
         from snpatch.models.checkpoint import load_model_shape

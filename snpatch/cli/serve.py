@@ -20,7 +20,7 @@ FORWARD_UNKNOWN_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": T
 
 
 def _repeatable(help: str):
-    return Annotated[list[str] | None, typer.Option(help=f"{help} May be repeated.")]
+    return Annotated[list[str] | None, typer.Option(help=f"{help} Repeatable.")]
 
 
 _NAMED_OPTIONS = {  # option -> field of ServeConfig, help

@@ -25,7 +25,7 @@ Out = Annotated[
 ]
 SaveSteps = Annotated[int, typer.Option(min=1, help="Optimizer steps between checkpoints. A killed run resumes there.")]
 ReportTo = Annotated[
-    list[str] | None, typer.Option(help="Integration of transformers: wandb, tensorboard, ... May be repeated.")
+    list[str] | None, typer.Option(help="Integration of transformers: wandb, tensorboard, ... Repeatable.")
 ]
 DATA_OPTIONS = "--format, --split, --column, --revision, --filter"
 _DATA_PARAMETERS = {

@@ -51,7 +51,14 @@ class AsyncEngine(BaseEngine):
         return StreamingExecutor(config, self._opened.text_processors)
 
     async def start(self, log_stats: bool = False) -> None:
-        """Start vLLM, which takes about a minute; `async with` starts it. log_stats: record vLLM's metrics."""
+        """Start vLLM, which takes about a minute. `async with` starts it.
+
+        Args:
+            log_stats: Record vLLM's metrics.
+
+        Raises:
+            SnpatchError: vLLM does not start.
+        """
         self._log_stats = log_stats
         await self.executor.start(list(self._opened.models.values()), log_stats)
 
@@ -82,9 +89,12 @@ class AsyncEngine(BaseEngine):
         """Stream the completion of one prompt.
 
         Args:
-            prompt: A text, a chat, a row or token ids.
+            prompt: A string, a chat, a row or token ids.
             patch: A Patch, or the name of a model to run unpatched.
             sampling: Sampling parameters, with n = 1.
+
+        Yields:
+            Deltas; the last has the completion.
 
         Raises:
             SnpatchError: Invalid arguments, before anything runs.

@@ -29,7 +29,7 @@ class GuardConfig:
     folds: int = option(5, "Number of cross-validation folds.", min=2)
     seed: int = 0
     max_iter: int = 1000
-    threshold: float = option(0.5, "Refuse prompts whose predicted probability of harm is higher.")
+    threshold: float = option(0.5, "Probability of harm above which a prompt is refused.")
     refusal: str = option("I cannot help with that.", "Completion of refused prompts.")
 
     def __post_init__(self) -> None:

@@ -117,7 +117,7 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> IA3Scal
         shape = [1, widths[name]] if is_input else [widths[name], 1]
         tensor = check_tensor(tensors[key], f"{folder}: {key}", *FLOATS, used=torch.float32)
         if list(tensor.shape) != shape:
-            raise SnpatchError(f"{folder}: {key} must be {shape} for this model, got {list(tensor.shape)}")
+            raise SnpatchError(f"{folder}: {key}: expected {shape} for this model, got {list(tensor.shape)}")
         if (layer, name) in seen:
             raise SnpatchError(f"{folder}: {key} names layer {layer}'s {name} a second time")
         seen.add((layer, name))

@@ -12,7 +12,7 @@ EXCLUDED_KEY = 2.0  # larger than every random key
 def draw(own: Tensor, shape: tuple[int, int], *, seed: int, kind: str, disjoint: bool) -> Tensor:
     """Draw as many flat neuron indices as `own` [n] has; see Ranking.random_control."""
     if kind not in CONTROLS:
-        raise SnpatchError(f"random_control: kind must be one of {', '.join(CONTROLS)}, got {kind!r}")
+        raise SnpatchError(f"random_control: kind: expected one of {', '.join(CONTROLS)}, got {kind!r}")
     n_layers, n_neurons = shape
     # The neurons with the smallest random keys are drawn. The window's own cannot be, if the control is disjoint.
     keys = torch.rand(n_layers * n_neurons, generator=torch.Generator().manual_seed(seed))
@@ -36,7 +36,7 @@ def _draw(keys: Tensor, start: int, size: int, n: int, source: str) -> Tensor:
     num_free = int((part < EXCLUDED_KEY).sum())
     if n > num_free:
         raise NotEnoughNeuronsError(
-            f"random_control: {n} neurons are needed in {source}, which has {num_free} to draw from; "
-            "use a smaller window, or disjoint=False (command line: --overlapping-controls)"
+            f"random_control: expected {n} neurons to draw from in {source}, got {num_free}. Use a smaller window, or "
+            "disjoint=False (command line: --overlapping-controls)."
         )
     return start + torch.argsort(part, stable=True)[:n]

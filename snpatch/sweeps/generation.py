@@ -167,7 +167,7 @@ def generate_missing(
             failed_runs += 1
             if not store.queue.mark_suspect(str(error)) or failed_runs == MAX_FAILED_RUNS:
                 raise  # the completions are not the cause
-            print(f"snpatch: a run failed and starts again: {error}", file=sys.stderr)
+            print(f"snpatch: the engine run failed and is retried: {error}", file=sys.stderr)
             if isinstance(error, EngineCrashedError):
                 if not max_restarts:
                     raise

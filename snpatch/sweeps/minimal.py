@@ -74,9 +74,9 @@ def find_minimal(
     """
     (donor, *other_donors), (strength, *other_strengths) = config.donors, config.strengths
     if other_donors or other_strengths or config.samples > 1 or any(window.lo for window in config.windows):
-        raise SnpatchError("minimal: windows must be top ks, of one donor, one strength and one sample")
+        raise SnpatchError("minimal: expected windows of top ks, one donor, one strength and one sample")
     if block_layers is not None and block_layers < 1:
-        raise SnpatchError(f"minimal: blocks must have at least one layer, got {block_layers}")
+        raise SnpatchError(f"minimal: blocks: expected at least 1 layer, got {block_layers}")
     check_names(rankings, "a ranking")
     ks = sorted({window.hi for window in config.windows})
     patch_options = {"positions": config.positions, "strength": strength}

@@ -36,7 +36,7 @@ class DualStreamLaunch:
         model_config = load_config(model, config.allow_untested)
         if config.batch_size is not None:
             if "max_num_seqs" in arguments:
-                raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
+                raise SnpatchError("backend vllm: batch_size: expected no max_num_seqs with it, got both. Pass one.")
             arguments["max_num_seqs"] = config.batch_size
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)

@@ -42,7 +42,7 @@ class PoolingEngine:
         versions.check()
         if batch_size is not None:
             if "max_num_seqs" in arguments:
-                raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
+                raise SnpatchError("backend vllm: batch_size: expected no max_num_seqs with it, got both. Pass one.")
             arguments["max_num_seqs"] = batch_size
         own: dict[str, Any] = {
             "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
