@@ -308,8 +308,8 @@ def curve_sentence(folder: Path = RESULTS / "demo", k: int = 256) -> str:
     effects = [row["effect"] for row in rows if row["control_seed"] is not None]
     random = round(sum(effects) / len(effects), 2) + 0.0  # + 0.0: no "-0%"
     return (
-        f"Patching {k} neurons ({patched['neuron_fraction']:.0%}) into the SFT model recovers {patched['effect']:.0%} of "
-        f"the safety gain; {k} random neurons of the same layers recover {random:.0%}."
+        f"Patching {k} neurons ({patched['neuron_fraction']:.0%}) into the SFT model recovers {patched['effect']:.0%} "
+        f"of the safety gain; {k} random neurons of the same layers recover {random:.0%}."
     )
 
 
