@@ -107,7 +107,7 @@ def test_request_vllm_cannot_send_fails_alone(server, client):
 
 def test_background_response_is_400(server):
     answer = server.post("/v1/responses", {"model": "safe", "input": "bala", "background": True, "store": True})
-    assert (answer.status_code, "the answer would lack its receipt" in answer.text) == (400, True)
+    assert (answer.status_code, "the response would lack its receipt" in answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(

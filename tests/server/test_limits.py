@@ -363,8 +363,8 @@ def test_impossible_structured_output_is_400_with_reason(server, constraint, is_
         ({"structured_outputs": {"choice": [f"w{i}" for i in range(2500)]}}, "16384 characters of choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
             "enum": [f"w{i}" for i in range(2500)]}}}}, "16384 characters of json"),
-        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values in an answer"),
-        ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values in an answer"),
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values per response"),
+        ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values per response"),
         ({"n": 257}, "at most 256 completions (--max-completions), got 1 prompts x 257"),
     ],
 )  # fmt: skip
