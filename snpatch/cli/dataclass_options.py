@@ -170,10 +170,14 @@ class DatasetSourceOptions:
 
 def _given_fields(values: dict) -> Fields:
     """Return the engine's fields that were given on the command line, without its models."""
-    given = {f.name: values[f.name] for f in fields(EngineConfig) if "help" in f.metadata and is_given(values, f.name)}
+    given_fields = {
+        f.name: values[f.name] for f in fields(EngineConfig) if "help" in f.metadata and is_given(values, f.name)
+    }
     if values["chat_template_kwargs"] is not None:
-        given["chat_template_kwargs"] = parse_json_object(values["chat_template_kwargs"], "--chat-template-kwargs")
-    return given | parse_values(values["engine_arg"], "--engine-arg")
+        given_fields["chat_template_kwargs"] = parse_json_object(
+            values["chat_template_kwargs"], "--chat-template-kwargs"
+        )
+    return given_fields | parse_values(values["engine_arg"], "--engine-arg")
 
 
 def is_given(values: dict, name: str) -> bool:

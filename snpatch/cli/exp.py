@@ -108,15 +108,15 @@ def run_experiments(
         experiments.resolve_settings(experiment_config, name, settings if name in selected else None)
     for name in selected:
         check_writable(out / f"{name}.csv")
-    failed, written = {}, []
+    failed, paths = {}, []
     with ExperimentContext(
         experiment_config, out, progress=o.progress_bar, command=o.command_line(), **arguments
     ) as context:
         for name in selected:
             try:
-                written += o.write_report(experiments.run(name, context, settings), out, as_json)
+                paths += o.write_report(experiments.run(name, context, settings), out, as_json)
             except ReceiptError as error:
-                for path in (*written, out / "report.md", out / "report.json"):
+                for path in (*paths, out / "report.md", out / "report.json"):
                     path.unlink(missing_ok=True)
                 raise ReceiptError(f"{name}: {error}; the tables of this run were removed: run it again") from error
             except SnpatchError as error:

@@ -72,12 +72,15 @@ def generate(
         patch = spec.from_text(recipient, donor, ranking, window, positions, parameters.seed, strength, shape)
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, parameters, progress)
-    more = [{"logprobs": completion.logprobs} if parameters.logprobs else {} for completion in completions]
-    write_completions(chats, completions, more, out, as_json)
+    extra_fields = [{"logprobs": completion.logprobs} if parameters.logprobs else {} for completion in completions]
+    write_completions(chats, completions, extra_fields, out, as_json)
 
 
-def write_completions(chats, completions, more: list[dict], out: Path | None, as_json: bool) -> None:
-    """Write completions as JSONL to a file or stdout, or as readable text. more: further fields of each."""
+def write_completions(chats, completions, extra_fields: list[dict], out: Path | None, as_json: bool) -> None:
+    """Write completions as JSONL to a file or stdout, or as readable text.
+
+    extra_fields: further fields of each completion.
+    """
     from snpatch.data import question
     from snpatch.utils.files import write_text
 
@@ -90,7 +93,7 @@ def write_completions(chats, completions, more: list[dict], out: Path | None, as
             "token_ids": completion.token_ids,
             **fields,
         }
-        for chat, completion, fields in zip(chats, completions, more, strict=True)
+        for chat, completion, fields in zip(chats, completions, extra_fields, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if out:

@@ -111,16 +111,16 @@ class AsyncEngine(BaseEngine):
 
     async def _deltas(self, request: Request, stop_strings: Sequence[str]) -> AsyncIterator[Delta]:
         num_held_back = max(map(len, stop_strings), default=1) - 1  # may begin a stop string
-        sent, executor = Output(), self.executor
+        yielded, executor = Output(), self.executor
         try:
             async with aclosing(executor.stream(request)) as outputs:
                 async for output in outputs:
                     text = output.text
                     if output.finish_reason is None:
                         text = text[: len(text) - num_held_back].rstrip(INCOMPLETE_CHARACTER)
-                    new_text = text[len(sent.text) :]
-                    new_ids = output.token_ids[len(sent.token_ids) :]
-                    sent = Output(output.token_ids, sent.text + new_text)
+                    new_text = text[len(yielded.text) :]
+                    new_ids = output.token_ids[len(yielded.token_ids) :]
+                    yielded = Output(output.token_ids, yielded.text + new_text)
                     completion = Completion.of(request, output) if output.finish_reason is not None else None
                     if new_ids or completion:
                         yield Delta(new_ids, new_text, completion)

@@ -113,8 +113,8 @@ class ChatTemplate:
 
 def get_appended_token(tokenizer) -> str | None:
     """Return the token that a tokenizer appends to every string, such as EOS; None if it appends none."""
-    whole, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
-    return tokenizer.convert_ids_to_tokens(whole[-1]) if bare and whole[-len(bare) :] != bare else None
+    with_special, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return tokenizer.convert_ids_to_tokens(with_special[-1]) if bare and with_special[-len(bare) :] != bare else None
 
 
 def get_template_source(tokenizer) -> str:

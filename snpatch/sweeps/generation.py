@@ -270,7 +270,7 @@ def _describe_patch(engine: Engine, patch: Patch | str) -> dict:
     if isinstance(patch, str):
         return content
     return content | {
-        "interventions": [_describe_intervention(engine, each) for each in patch.interventions if len(each.window)]
+        "interventions": [_describe_intervention(engine, part) for part in patch.interventions if len(part.window)]
     }
 
 

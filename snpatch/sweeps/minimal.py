@@ -87,13 +87,13 @@ def find_minimal(
         for recipient in config.recipients:
             for name, ranking in rankings.items():
                 patches = {k: Patch(recipient, donor, ranking, k, **patch_options) for k in ks}
-                found = search.find_smallest_window(
+                window_search = search.find_smallest_window(
                     lambda pairs, patches=patches: scorer.score(patches, pairs),
                     ks, unpatched[recipient], unpatched[donor], target=target, confidence=config.confidence,
                 )  # fmt: skip
                 chosen = []
                 if block_layers is not None:
-                    blocks = _split_into_blocks(ranking, found.k or ks[-1], block_layers)
+                    blocks = _split_into_blocks(ranking, window_search.k or ks[-1], block_layers)
 
                     def measure(pairs, recipient=recipient, blocks=blocks):
                         return scorer.score(_join_blocks(pairs, recipient, donor, blocks, patch_options), pairs)
@@ -101,7 +101,7 @@ def find_minimal(
                     chosen = search.find_blocks(
                         measure, list(blocks), unpatched[recipient], unpatched[donor], target=target
                     )
-                results.append(MinimalResult(recipient, donor, name, found, tuple(chosen)))
+                results.append(MinimalResult(recipient, donor, name, window_search, tuple(chosen)))
     return results
 
 
