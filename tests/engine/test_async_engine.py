@@ -166,7 +166,7 @@ def test_deltas_exclude_stop_strings(results):
 
 
 def test_generate_invalid_input_raises_at_call(results):
-    assert "no model named 'nobody'" in results["no such model"]
+    assert "got 'nobody'" in results["no such model"]
     assert "n: expected 1, got" in results["n"]
 
 
