@@ -98,7 +98,7 @@ def test_models_that_cannot_be_judges_are_rejected(tmp_path):
     (tmp_path / "longrope" / "config.json").write_text(
         json.dumps({**config, "rope_parameters": None, "pad_token_id": 99})
     )
-    with pytest.raises(SnpatchError, match="pad_token_id: expected 0\.\.15, got 99"):
+    with pytest.raises(SnpatchError, match=r"pad_token_id: expected 0\.\.15, got 99"):
         opened(tmp_path / "longrope")
     write_classifier(tmp_path / "few words", vocab_size=15)
     with pytest.raises(SnpatchError, match="its tokenizer made token 15, its model knows 15 tokens"):
