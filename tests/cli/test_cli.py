@@ -67,7 +67,7 @@ def test_contrast_given_completions_equals_generated_ones(capsys, prompts, tmp_p
     completions_file.write_text('{"completion": "kuze"}\n')
     code, _, err = run(capsys, "contrast", *common, *pair, "-o", second_ranking, "--completions", completions_file)
     assert code == 2
-    assert "completions: expected one for each of 12 prompts, got 1" in err
+    assert "expected one completion for each of 12 prompts, got 1" in err
     code, _, err = run(
         capsys,
         "contrast",
@@ -262,7 +262,7 @@ BAD = {
     "unknown donor name": (lambda t: {"donor": "tulu"}, "got 'tulu'"),
     "donor without its moments": (lambda t: {"donor": "mean:donor"}, "the ranking holds no donor_mean"),
     "unknown place": (lambda t: {"more": ["--positions", "somewhere"]}, "positions: expected one of"),
-    "missing prompts": (lambda t: {"prompts": str(t / "p.jsonl")}, "p.jsonl: no such file"),
+    "missing prompts": (lambda t: {"prompts": str(t / "p.jsonl")}, "p.jsonl: expected a file or a dataset"),
     "no prompt": (empty_file, "expected prompts, got none"),
     "broken JSON": (bad_jsonl('{"prompt": "half'), "bad.jsonl, line 3: not JSON"),
     "row without a prompt": (bad_jsonl('{"text": "x"}'), "line 3: expected an object with prompt or messages"),
@@ -277,7 +277,10 @@ BAD = {
     "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype: expected one of auto, float32"),
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
     "a place that is no number": (lambda t: {"more": ["--positions", "--5"]}, "positions: expected one of"),
-    "a position past the text": (lambda t: {"more": ["--positions", "500"]}, "positions=500 is past the"),
+    "a position past the text": (
+        lambda t: {"more": ["--positions", "500"]},
+        "positions: expected less than the maximum of .* tokens, got 500",
+    ),
     "prompts that are not text": (not_utf8, "latin.jsonl, line 1: not UTF-8"),
     "bad sampling": (lambda t: {"more": ["--top-p", "0"]}, r"top_p: expected a value in \(0, 1\], got 0.0"),
 }
@@ -309,7 +312,7 @@ def test_process_invalid_input_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "snpatch.cli", "generate", str(tmp_path / "no"), str(tmp_path / "p.jsonl")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: no such file")
+    assert result.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: expected a file or a dataset")
     assert result.stderr.count("\n") == 1
 
 

@@ -282,9 +282,9 @@ def test_completions_of_other_prompts_are_rejected(tmp_path):
         SnpatchError, match=r"c\.jsonl, line 2: expected the completion of the prompt 'three', .* 'two'"
     ):
         read_completions(path, 3, shifted)
-    with pytest.raises(SnpatchError, match=r"c\.jsonl: 3 prompts and 4 completions"):
+    with pytest.raises(SnpatchError, match=r"c\.jsonl: expected one completion for each of 3 prompts, got 4"):
         read_completions(path, None, chats[:3])
-    with pytest.raises(SnpatchError, match="5 prompts and 4 completions"):
+    with pytest.raises(SnpatchError, match="expected one completion for each of 5 prompts, got 4"):
         read_completions(path, None, [*chats, user("five")])
 
 

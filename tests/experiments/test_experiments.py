@@ -174,7 +174,7 @@ BAD = {
         lambda t: t.replace('source = "refusal"', ""),
         "judges.cost: expected a table with source",
     ),
-    "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "one recipient"),
+    "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "recipients: expected at least one"),
     "no model": (lambda t: t.replace("model =", "#"), "model is missing"),
     "both samples": (lambda t: t.replace('"p.jsonl"', '"p.jsonl", first = 1, sample = 2'), "first or sample"),
     "a donor that is recipient": (

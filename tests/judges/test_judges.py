@@ -160,7 +160,7 @@ def test_unscorable_texts_are_rejected(tmp_path):
             judge(["a"], [])
         with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109 with the prompt 'a b'"):
             judge(["a b"], ["c " * 100])
-    with pytest.raises(SnpatchError, match="this judge is closed"):
+    with pytest.raises(SnpatchError, match="expected an open judge, got a closed one"):
         judge(["a"], ["b"])
 
 

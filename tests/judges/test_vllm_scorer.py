@@ -48,7 +48,7 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
         assert judge([], []) == []
         with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109"):
             judge(["a b"], ["c " * 100])
-    with pytest.raises(SnpatchError, match="this judge is closed"):
+    with pytest.raises(SnpatchError, match="expected an open judge, got a closed one"):
         judge(["a"], ["b"])
 
 

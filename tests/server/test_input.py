@@ -38,7 +38,7 @@ CALLED = {
         ({**SAFE, "window": [5, 3]}, "window", "expected 0 <= lo <= hi, got [5, 3)"),
         ({**SAFE, "window": ALL + 1}, "window", "reaches past the ranking's 288 neurons"),
         ({**SAFE, "positions": "here"}, "positions", "positions: expected one of all, prompt, last_prompt_token"),
-        ({**SAFE, "positions": 99}, None, "positions=99 is past the"),
+        ({**SAFE, "positions": 99}, None, "positions: expected less than the maximum of"),
         ({**SAFE, "strength": 1e39}, "strength", ": expected a finite number of float32"),
         ({**SAFE, "k": 9}, "k", "unknown key k; expected one of donor, ranking, window"),
         ({**SAFE, "guard": "none"}, "guard", "guard: expected one of guard, got 'none'"),

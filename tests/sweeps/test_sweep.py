@@ -382,9 +382,9 @@ def test_folder_of_older_version_raises(engine, ranking, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"windows": ()}, "at least one window"),
-        ({"windows": (1409,)}, r"0\.\.1408, the ranked neurons; got 1409"),
-        ({"recipients": ("sft", "dpo")}, "recipient and donor"),
+        ({"windows": ()}, "windows: expected at least one value"),
+        ({"windows": (1409,)}, r"k: expected 0\.\.1408 \(number of ranked neurons\), got 1409"),
+        ({"recipients": ("sft", "dpo")}, "expected a model that is no recipient, got 'dpo'"),
         ({"recipients": ("tulu",)}, "got 'tulu'"),
         ({"controls": -1}, "controls"),
         ({"control_kind": "nowhere", "controls": 0}, "control_kind: expected one of"),
@@ -468,7 +468,7 @@ def test_headline_names_smallest_window_within_ninety_percent_of_best(engine, ra
     best = max(row.effect for row in rows)
     smallest = min((row for row in rows if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
     sentence = build_headline(result)[0]
-    assert f"({smallest.rank_hi - smallest.rank_lo} by safety)" in sentence
+    assert f"top {smallest.rank_hi} neurons of ranking safety (" in sentence
     assert "(95% CI " in sentence
     assert sentence.endswith("of the safety gain of dpo; no random control.")
 
