@@ -301,7 +301,7 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
     assert code == 0, err
     rows = json.loads(out_text)["tables"]["minimal"]
     (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
-    assert "smallest top k of the grid" in json.loads(out_text)["headline"][0]
+    assert "is the smallest k on the grid" in json.loads(out_text)["headline"][0]
     assert {row["block"] for row in json.loads(out_text)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
     code, out_text, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err

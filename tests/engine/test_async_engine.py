@@ -179,5 +179,5 @@ def test_vllm_death_raises_for_waiting_callers(results):
 
 
 def test_async_engine_requires_vllm_backend(results):
-    with pytest.raises(SnpatchError, match="AsyncEngine runs in vLLM"):
+    with pytest.raises(SnpatchError, match="AsyncEngine: expected the vllm backend, got transformers"):
         AsyncEngine(results["tiny_model"].folder, backend="transformers")

@@ -161,7 +161,9 @@ def test_filled_control_of_all_neurons_is_the_window_itself():
     assert ranking.random_control(80, seed=0, fill_up=True).meta["overlap"] == 1
     everywhere = ranking.random_control(80, seed=0, kind="everywhere", fill_up=True)
     assert everywhere.meta["overlap"] == 40 / 80, "the 40 neurons of the excluded layer are free"
-    with pytest.raises(NotEnoughNeuronsError, match="41 neurons are needed in the last layer, which has 40") as error:
+    with pytest.raises(
+        NotEnoughNeuronsError, match="expected 41 neurons to draw from in the last layer, got 40"
+    ) as error:
         ranking.random_control(41, seed=0, kind="last_layer", fill_up=True)
     assert "disjoint" not in str(error.value), "overlapping draws do not help"
 

@@ -330,7 +330,9 @@ def test_controls_of_last_layer_too_small_for_the_window_are_absent(engine, rank
     result = run(engine, ranking, windows=(353,), control_kind="last_layer", recipients=("sft",))
     assert not [row for row in result.rows if row.control_seed is not None]
     (note,) = result.notes
-    assert note.startswith("safety [0, 353) has no random control: random_control: 353 neurons are needed in the last")
+    assert note.startswith(
+        "safety [0, 353) has no random control: random_control: expected 353 neurons to draw from in"
+    )
 
 
 def test_report_marks_overlapping_controls(overlapping, overlap):

@@ -224,7 +224,7 @@ def test_promise_6_for_logprobs_constants_statistics_and_captures(engine, monkey
         engine.logprobs(IDS, Job(0, "sft", "dpo", (0, ALL)).patch)
     with pytest.raises(ReceiptError):
         generate(engine, [Job(0, "sft", VALUES, (0, ALL))])
-    with pytest.raises(ReceiptError, match="tokens should have counted"):
+    with pytest.raises(ReceiptError, match="counted tokens per layer"):
         engine.contrast(IDS, "sft", "dpo", positions="prompt")
     with pytest.raises(ReceiptError, match="capture"):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)

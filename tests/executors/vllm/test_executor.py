@@ -333,7 +333,7 @@ def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
     glu = get_dual_stream(engine).glus[1]
     stats, count, capture, receipt = glu.outputs
     monkeypatch.setattr(glu, "outputs", (stats.clone(), count.clone(), capture.clone(), receipt))
-    with pytest.raises(ReceiptError, match="tokens should have counted"):
+    with pytest.raises(ReceiptError, match="counted tokens per layer"):
         engine.contrast(IDS, "sft", "dpo", positions="prompt")
     with pytest.raises(ReceiptError, match="capture is incomplete"):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)
