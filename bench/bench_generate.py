@@ -140,7 +140,10 @@ def run_native(native, batch: int, new: int = NEW, prompt: int = PROMPT) -> None
 
 
 def time_with_baselines(benchmark, name: str, run, baselines: dict, rounds: int = ROUNDS, **info) -> None:
-    """Time `run`, and each baseline before each round of it; ratios are baseline seconds / seconds of `run`."""
+    """Time `run`, and each baseline before each round of it.
+
+    Ratios are baseline seconds / seconds of `run`.
+    """
     seconds: dict[str, list[float]] = {baseline: [] for baseline in baselines}
     run_seconds: list[float] = []
 
@@ -241,7 +244,10 @@ def test_statistics(benchmark, twin):
     ("batch", "lengths"), [(4, "static"), (32, "ragged"), (32, "static")], ids=["B4", "B32-ragged", "B32-static"]
 )
 def test_against_hooks(benchmark, twin, folder, batch, lengths):
-    """Against two transformers models with hooks: the same neurons, prompts and threads, and weights if on disk."""
+    """Compare with two transformers models with hooks.
+
+    Both sides have the same neurons, prompts and threads, and the same weights if these are on disk.
+    """
     if SIZE == "7b" and not GPU:
         pytest.skip("7b has no weights on disk; drawing them twice needs a GPU")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -272,7 +278,10 @@ def processes(parent: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def filled_cache(twin):
-    """Fill the whole KV cache once: its memory is reserved at startup but resident only after its first use."""
+    """Fill the whole KV cache once.
+
+    Its memory is reserved at startup but resident only after its first use.
+    """
     token = 2 * 2 * 2 * LAYERS * geometry.SIZES[SIZE]["hidden_size"]  # two streams, keys and values, bfloat16
     sequences = prompts(1 + CACHE_BYTES // token // 250, 250)
     twin.execute([twin.requests.observing(ids, PAIR, None) for ids in sequences])
@@ -333,7 +342,10 @@ def test_profile(request, benchmark, traces, side):
 
 
 def step_us(run, rounds: int = 5) -> float:
-    """Return the microseconds of a decode step without a profiler, from the time of the completions' second half."""
+    """Return the microseconds of a decode step without a profiler.
+
+    They are computed from the time of the completions' second half.
+    """
     halves = []
     for _ in range(rounds):
         seconds = []

@@ -25,7 +25,10 @@ torch.set_num_threads(1)
 
 
 def all_features(T, F, dtype):
-    """Build a decode step of T tokens with all features: adapters, windows, statistics, a capture, receipts."""
+    """Build a decode step of T tokens with all features.
+
+    The features are adapters, windows, statistics, a capture and receipts.
+    """
     g = torch.Generator().manual_seed(0)
     plan = torch.zeros(T, len(PlanColumn), dtype=torch.int32)
     plan[:, PlanColumn.ADAPTER_0], plan[:, PlanColumn.ADAPTER_1] = 1, 2

@@ -57,7 +57,9 @@ def write(engine, patches, prompts) -> None:
 
 
 def windows_in_one_batch(benchmark, engine, ranking, prompts, rounds, **info) -> None:
-    """Time windows up to half of the neurons against the same number of requests with one window, and sequentially.
+    """Time windows up to half of the neurons in one batch.
+
+    The baselines are the same number of requests with one window, and one window after the other.
 
     prompts: function that returns n new ones.
     """
@@ -158,7 +160,10 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 
 
 def test_minimal(benchmark, demo, tmp_path):
-    """Search for the smallest k that recovers 90 %, against the whole grid, without reusing its completions."""
+    """Search for the smallest k that recovers 90 %, and compare with the whole grid.
+
+    The search does not reuse the grid's completions.
+    """
     engine, chats = demo
     experiment = load_experiment_config("demo")
     arguments = dict(experiment.judges[experiment.cost])

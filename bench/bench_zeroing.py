@@ -85,7 +85,10 @@ def writer(request, in_process, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("new", [NEW, 1], ids=["whole texts", "first tokens"])
 def test_zeroing_against_none(benchmark, writer, new):
-    """Ratios are of speeds; with one token, of the time until every prompt of the batch has its first token."""
+    """Compare with the same engine without zeroing.
+
+    Ratios are of speeds; with one token, of the time until every prompt of the batch has its first token.
+    """
     writer.shares.clear()
     baselines = {"no zeroing": lambda: writer.generate(writer.draw(), new, False)}
     sizes = {"size": writer.size, "batch": BATCH, "prompt": PROMPT, "new": new}

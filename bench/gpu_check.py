@@ -71,7 +71,10 @@ class GpuCheck:
         self._shared: dict[tuple, dict] = {}  # results of rehearsed children that serve several parts
 
     def step(self, step: CheckStep) -> dict:
-        """Run the parts of a step that are not settled yet; return its record, which is saved after every part."""
+        """Run the parts of a step that are not settled yet.
+
+        Return its record, which is saved after every part.
+        """
         record = self._load_record(step)
         for part in step.parts:
             before = record["parts"].get(part.name, {})

@@ -85,7 +85,10 @@ class Host:
 
 
 def register_plugin(folder: Path) -> None:
-    """Write snpatch's package metadata to a folder on the Python path, so that vLLM finds the plugin uninstalled."""
+    """Write snpatch's package metadata to a folder on the Python path.
+
+    vLLM then finds the plugin without an installation.
+    """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     version = re.search(r'^__version__ = "(.+)"', (ROOT / "snpatch" / "__init__.py").read_text(), re.M)[1]
     info = folder / f"{project['name']}-{version}.dist-info"

@@ -79,7 +79,10 @@ def ceilings() -> dict:
 
 
 def vllm() -> dict:
-    """Check that vLLM imports, sees the card, and has the FlashAttention and activation that are the baselines."""
+    """Check that vLLM imports, sees the card, and has the baselines.
+
+    The baselines are its FlashAttention and its activation.
+    """
     import vllm._custom_ops
     from vllm.platforms import current_platform
 

@@ -69,7 +69,10 @@ def generate(
     is_rehearsed: bool = False,
     **options,
 ) -> Part:
-    """Build a part with benches of engines. Those of Model Runner V1 are rehearsed, with `is_rehearsed` others too."""
+    """Build a part with benches of engines.
+
+    Those of Model Runner V1 are rehearsed, with `is_rehearsed` others too.
+    """
     sized = {**env, **COMPILED, "SNPATCH_BENCH_SIZE": size, "SNPATCH_BENCH_ROUNDS": str(rounds)}
     targets = tuple(f"{file}::{test}" for test in tests)
     part = Part(
@@ -99,7 +102,10 @@ def modes(name: str, env: dict[str, str], **options) -> Part:
 
 
 def equal(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    """Build the parts that compare the two-stream engine with transformers, in every graph mode and in bfloat16."""
+    """Build the parts that compare the two-stream engine with transformers.
+
+    They run in every graph mode and in bfloat16.
+    """
     return (
         modes(f"float32-{runner}", env, limit_s=300, expect_s=90),
         tests(f"bfloat16-{runner}", "tests/executors/vllm/test_gpu.py", "bfloat16", env, limit_s=240, expect_s=60),
@@ -116,7 +122,10 @@ def promises(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
 
 
 def speed(runner: str, env: dict[str, str]) -> tuple[Part, ...]:
-    """Build the parts that time the engine against native vLLM at 7b, and 160m against transformers as well."""
+    """Build the parts that time the engine against native vLLM at 7b.
+
+    They also time 160m against transformers.
+    """
     sides = [f"test_twin_against_native[{batch}]" for batch in (1, 8, 32, 64)]
     return (
         generate(f"twin-{runner}", *sides, size="7b", env=env, rounds=7, limit_s=470, expect_s=300),

@@ -113,7 +113,10 @@ def op_table(runs: list[Measurement]) -> str:
 
 
 def generate_table(runs: list[Measurement]) -> str:
-    """Build the tables of patched generation and all other comparisons, for each machine, size and model runner."""
+    """Build the tables of patched generation and of all other comparisons.
+
+    There is one for each machine, size and model runner.
+    """
     groups: dict[tuple, list[Measurement]] = {}
     for run in runs:
         if run.ratios and "runner" in run.info:
@@ -274,7 +277,10 @@ def zeroing_table(runs: list[Measurement]) -> str:
 
 
 def contrast_table(runs: list[Measurement]) -> str:
-    """Build the table of a contrast's memory by number of positions, for the geometry with the longest contrast."""
+    """Build the table of a contrast's memory by number of positions.
+
+    The geometry is the one with the longest contrast.
+    """
     sizes: dict[str, list[dict]] = {}
     for run in runs:
         if run.info.get("side") == "contrast":
@@ -302,7 +308,10 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
 
 
 def curve_sentence(folder: Path = RESULTS / "demo", k: int = 256) -> str:
-    """Build the sentence under the README's plot: the safety gain that the top k neurons recover, and random ones."""
+    """Build the sentence under the README's plot.
+
+    It gives the safety gain that the top k neurons recover, and that of random neurons.
+    """
     rows = json.loads((folder / "curve.json").read_text())["rows"]
     rows = [row for row in rows if row["recipient"] == "sft" and row["rank_hi"] == k]
     (patched,) = (row for row in rows if row["control_seed"] is None)
@@ -401,7 +410,9 @@ def pages() -> list[Path]:
 
 
 def fill_pages(folder: Path = RESULTS) -> dict[Path, str]:
-    """Return page -> its text with every table between its markers generated again, and the command line reference.
+    """Return page -> its text with every table between its markers generated again.
+
+    The command line reference is one of the pages.
 
     Raises:
         SystemExit: A table's marker is missing, or is there more than once over all pages.

@@ -66,7 +66,10 @@ def kernel_group(name: str) -> str:
 
 
 def _is_decode(name: str) -> bool:
-    """Recognize vLLM's mark, such as "execute_context_0(0)_generation_32(32)": 32 requests decode, none prefills."""
+    """Return whether an event is vLLM's mark of a decode step.
+
+    An example: "execute_context_0(0)_generation_32(32)": 32 requests decode, none prefills.
+    """
     match = re.match(r"execute_context_(\d+)\(.*_generation_(\d+)\(", name)
     return bool(match) and match[1] == "0" and match[2] != "0"
 

@@ -72,7 +72,10 @@ def _cos_turns(v):
 
 @triton.jit
 def _normal(seed, position, layer, neuron):
-    """Compute reference.normal [BLOCK_T, BLOCK_F] from seed and position [BLOCK_T, 1] and neuron [1, BLOCK_F]."""
+    """Compute reference.normal [BLOCK_T, BLOCK_F].
+
+    Seed and position are [BLOCK_T, 1], neuron is [1, BLOCK_F].
+    """
     zero = tl.zeros_like(seed + neuron)
     w0, w1, _, _ = tl.philox(
         (zero + seed).to(tl.uint32, bitcast=True), zero + neuron, zero + layer, zero + position, zero
@@ -345,7 +348,10 @@ def patched_glu(
     layer: int,
     first_neuron: int,
 ) -> Tensor:
-    """Launch `reference.patched_glu`; returns [S*T, F] in gate_up's dtype. snpatch/op/ops.py checks the shapes."""
+    """Launch `reference.patched_glu`; return [S*T, F] in gate_up's dtype.
+
+    snpatch/op/ops.py checks the shapes.
+    """
     n_tokens, n_neurons = plan.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(gate_up.shape[0], n_neurons)
     if n_tokens == 0 or n_neurons == 0:

@@ -119,12 +119,14 @@ class EngineConfig:
     model: str
     adapters: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     models: Mapping[str, ModelSource] = field(default_factory=dict)
-    backend: str = option("auto", "auto, vllm or transformers. auto: vllm if it is installed.", choices=BACKENDS)
+    backend: str = option("auto", "Backend: auto (vLLM if it is installed), vllm or transformers.", choices=BACKENDS)
     template: str = option("auto", "Chat template: auto, tokenizer or tulu.", choices=TEMPLATES)
     chat_template_kwargs: Mapping[str, object] = field(default_factory=dict)
-    dtype: str = option("auto", "auto (the checkpoint's), float32, bfloat16 or float16.", choices=DTYPES)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ... (transformers backend only).")
-    batch_size: int | None = option(None, "Maximum sequences in a batch (vLLM's max_num_seqs).", min=1)
+    dtype: str = option(
+        "auto", "Dtype of the weights: auto (the checkpoint's), float32, bfloat16 or float16.", choices=DTYPES
+    )
+    device: str = option("auto", "Device: auto, cpu, cuda, cuda:1, ... (transformers backend only).")
+    batch_size: int | None = option(None, "Maximum number of sequences in a batch (vLLM's max_num_seqs).", min=1)
     token_budget: int | None = field(default=16384, metadata={"min": 1})
     allow_untested: bool = option(False, "Try architectures and quantizations that no test covers.")
     capacity: Capacity = Capacity()
@@ -139,13 +141,13 @@ class EngineConfig:
         object.__setattr__(self, "adapters", {name: _folders(folders) for name, folders in self.adapters.items()})
         sources = {name: self._parse_source(name, source) for name, source in self.models.items()}
         object.__setattr__(self, "models", sources)
-        others = dict.fromkeys(one.weights_source for one in sources.values())
+        others = dict.fromkeys(source.weights_source for source in sources.values())
         others.pop(PRIMARY_WEIGHTS, None)
         if len(others) > 1:
-            listed = "; ".join(", ".join([one.checkpoint or self.model, *one.lora]) for one in others)
+            listed = "; ".join(", ".join([source.checkpoint or self.model, *source.lora]) for source in others)
             raise SnpatchError(
-                f"models: an engine runs its own weights and one further set, and these are {len(others)}: {listed}; "
-                "start one engine for each pair, with one of the two as its model"
+                f"models: expected at most one set of secondary weights, got {len(others)}: {listed}. Start one engine "
+                "per pair, with one of the two as its model."
             )
         object.__setattr__(self, "chat_template_kwargs", _check_variables(self.chat_template_kwargs))
         schema.validate(self)
@@ -189,15 +191,31 @@ class EngineConfig:
 
     @classmethod
     def of(cls, model: str | Path, adapters: Mapping[str, Folders] | None = None, **arguments) -> "EngineConfig":
-        """Build a config from fields of this class and of Capacity, and vLLM's engine arguments."""
+        """Build a config from fields of this class and of Capacity, and vLLM's engine arguments.
+
+        Args:
+            model: Hugging Face folder, name or name@revision.
+            adapters: Name -> PEFT IA3 folders.
+            arguments: Fields of EngineConfig and Capacity; all others are vLLM's engine arguments.
+
+        Raises:
+            SnpatchError: A value is invalid.
+        """
         folders = cast("Mapping[str, tuple[str, ...]]", adapters or {})  # the constructor converts them
         return cls(str(model), folders).changed(**arguments)
 
     def changed(self, **arguments) -> "EngineConfig":
-        """Return the config with other fields of this class or of Capacity, or vLLM's engine arguments."""
-        own = {name: arguments.pop(name) for name in _DEFAULTS if name in arguments}
+        """Return the config with other values.
+
+        Args:
+            arguments: Fields of EngineConfig and Capacity; all others are vLLM's engine arguments.
+
+        Raises:
+            SnpatchError: A value is invalid.
+        """
+        values = {name: arguments.pop(name) for name in _DEFAULTS if name in arguments}
         capacity = {f.name: arguments.pop(f.name) for f in fields(Capacity) if f.name in arguments}
-        return replace(self, **own, capacity=replace(self.capacity, **capacity), vllm={**self.vllm, **arguments})
+        return replace(self, **values, capacity=replace(self.capacity, **capacity), vllm={**self.vllm, **arguments})
 
     def placed(self, folder: Path) -> "EngineConfig":
         """Return the config with relative paths resolved against a folder; names on the hub are kept."""
@@ -209,9 +227,14 @@ class EngineConfig:
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> "EngineConfig":
-        """Load a TOML or JSON file, whose paths are relative to its folder.
+        """Load a config from a TOML or JSON file.
 
-        trust: accept arguments that may run code or open the host, see snpatch.trust; otherwise they raise.
+        Args:
+            path: The file. Paths in it are relative to its folder.
+            trust: Accept arguments that may run code or open the host; see snpatch.trust.
+
+        Raises:
+            SnpatchError: Unknown keys, wrong types, or arguments that need `trust`.
         """
         config = cls.from_dict(schema.load_table(path, "engine"), f"engine {path}")
         if not trust:
@@ -226,9 +249,14 @@ class EngineConfig:
 
     @classmethod
     def from_dict(cls, table: object, context: str = "engine") -> "EngineConfig":
-        """Build a config from a table (of `to_dict`, TOML or JSON). Unknown keys and wrong types raise.
+        """Build a config from a table of `to_dict`, TOML or JSON.
 
-        context: names the table in errors.
+        Args:
+            table: The table.
+            context: Name of the table in errors.
+
+        Raises:
+            SnpatchError: Unknown keys or wrong types.
         """
         if not isinstance(table, Mapping):
             raise SnpatchError(f"{context}: expected a table, got {shown(table)}")
@@ -257,16 +285,22 @@ class EngineConfig:
         return table
 
     def checked_backend(self) -> str:
-        """Return "vllm" or "transformers"; raise if an option of the other backend is set."""
+        """Return "vllm" or "transformers".
+
+        Raises:
+            SnpatchError: An option of the other backend is set.
+        """
         backend = resolve_backend(self.backend)
         if backend == "transformers":
             capacity = {f.name for f in fields(Capacity) if getattr(self.capacity, f.name) != f.default}
             if unknown := sorted({*self.vllm, *capacity}):
                 raise SnpatchError(f"backend transformers: unknown argument {', '.join(unknown)}")
         elif self.device != "auto":
-            raise SnpatchError("device is for the transformers backend; vllm runs on its own platform")
+            raise SnpatchError(
+                f"device: expected auto with backend vllm, got {self.device}. vLLM chooses its platform."
+            )
         elif self.token_budget != _DEFAULTS["token_budget"]:
-            raise SnpatchError("token_budget is for the transformers backend; vllm has max_num_batched_tokens")
+            raise SnpatchError("token_budget: expected none with backend vllm. Use vLLM's max_num_batched_tokens.")
         return backend
 
 
@@ -276,7 +310,7 @@ _DEFAULTS = {f.name: f.default for f in fields(EngineConfig) if f.name not in ("
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise for a value that is not among the choices. name: of the option, in errors."""
     if value not in choices:
-        raise SnpatchError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise SnpatchError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
 def resolve_backend(backend: str) -> str:
@@ -303,7 +337,10 @@ def group_models(
     adapters, models = dict(adapters), {}
     for name in checkpoints.keys() | loras.keys():
         if len(checkpoints.get(name, ())) > 1:
-            raise SnpatchError(f"checkpoint: expected one a name, got {','.join(checkpoints[name])} for {name}")
+            raise SnpatchError(
+                f"checkpoint: expected one checkpoint per name, got {', '.join(checkpoints[name])} for {name}. Give "
+                "each its own name."
+            )
         source = checkpoints.get(name, [None])[0]
         models[name] = {"checkpoint": source, "lora": loras.get(name, ()), "adapters": adapters.pop(name, ())}
     return adapters, models

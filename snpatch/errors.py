@@ -114,6 +114,14 @@ def nearest(word: str, known: Iterable[str]) -> list[str]:
     return [names[name] for name in get_close_matches(word[:MAX_NAME_CHARS].lower(), names)]
 
 
+def unknown_name(kind: str, name: object, known: Iterable[str], field: str | None = None) -> SnpatchError:
+    """Return the error of a name that is not among the known ones. kind: names it, such as "model"."""
+    names = list(known)
+    hint = "".join(f" Did you mean {other}?" for other in nearest(name, names)[:1]) if isinstance(name, str) else ""
+    expected = f"one of {', '.join(names)}" if names else "no name, as none is defined"
+    return SnpatchError(f"{kind}: expected {expected}, got {shown(name)}.{hint}", field=field)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, and the second if the first ends with a colon.
 

@@ -26,7 +26,7 @@ class Sampling:
             reaches past them, as in vLLM.
         stop: Strings that end a completion.
         ignore_eos: Continue after EOS.
-        seed: Seed of sampling, and of noise (there 0 by default). None: a new one for each completion.
+        seed: Random seed of sampling and of noise donors. None: a new one for each completion; 0 for noise.
         logprobs: Report the log-probability of each generated token under the model's own distribution, before
             temperature and truncation.
         n: Number of completions per prompt, consecutive in the result. The i-th has seed + i.
@@ -40,7 +40,9 @@ class Sampling:
     min_tokens: int = option(0, "Minimum number of tokens before EOS is allowed.", min=0)
     stop: tuple[str, ...] = option((), "String that ends a completion. Repeatable.")
     ignore_eos: bool = False
-    seed: int | None = option(None, "Seed of sampling, and of noise (there 0 by default).")
+    seed: int | None = option(
+        None, "Random seed of sampling and of noise donors. Default: none for sampling, 0 for noise."
+    )
     logprobs: bool = option(False, "Report the log-probability of each token.")
     n: int = field(default=1, metadata={"min": 1})
     vllm: Mapping[str, object] = field(default_factory=dict)
@@ -56,27 +58,25 @@ class Sampling:
                 raise SnpatchError(f"sampling: {name}: expected {expected}, got {shown(value)}", field=name) from None
         schema.validate(self, "sampling: ")
         temperature, n = self.temperature, self.n
+        is_temperature = temperature == 0 or 1e-5 <= temperature < math.inf
+        is_seed = self.seed is None or -SEED_LIMIT <= self.seed <= SEED_LIMIT - n
         for is_valid, name, message in (
-            (
-                temperature == 0 or 1e-5 <= temperature < math.inf,
-                "temperature",
-                f"must be 0 (greedy) or at least 1e-5, got {temperature}",
-            ),
-            (0 < self.top_p <= 1, "top_p", f"must lie in (0, 1], got {self.top_p}"),
-            (self.min_tokens <= self.max_tokens, "min_tokens", f"must lie in 0..max_tokens, got {self.min_tokens}"),
-            (n == 1 or temperature > 0, "n", f"is {n}, and greedy texts are all the same: set a temperature"),
-            (
-                self.seed is None or -SEED_LIMIT <= self.seed <= SEED_LIMIT - n,
-                "seed",
-                f"must lie in -2^63..2^63-1, with those of all n texts, got {self.seed}",
-            ),
-            (all(self.stop), "stop", "holds an empty string"),
+            (is_temperature, "temperature", f"0 (greedy) or at least 1e-5, got {temperature}"),
+            (0 < self.top_p <= 1, "top_p", f"a value in (0, 1], got {self.top_p}"),
+            (self.min_tokens <= self.max_tokens, "min_tokens", f"0..max_tokens, got {self.min_tokens}"),
+            (n == 1 or temperature > 0, "n", f"1 with temperature 0, got {n}. Set a temperature"),
+            (is_seed, "seed", f"-2^63..2^63-n for n completions, got {self.seed}"),
+            (all(self.stop), "stop", "non-empty strings, got ''"),
         ):
             if not is_valid:
-                raise SnpatchError(f"sampling: {name} {message}", field=name)
+                raise SnpatchError(f"sampling: {name}: expected {message}", field=name)
 
     def singles(self) -> "list[Sampling]":
-        """Return n samplings of one completion each, with consecutive seeds."""
+        """Split into samplings of one completion.
+
+        Returns:
+            n samplings with n = 1 and consecutive seeds.
+        """
         seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
@@ -119,7 +119,7 @@ _CONVERTERS = {
     **dict.fromkeys(("temperature", "top_p"), ("a number", _number)),
     **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "seed", "n"), ("a whole number", _whole)),
     **dict.fromkeys(("ignore_eos", "logprobs"), ("True or False", _flag)),
-    "stop": ("a text or a list of texts", _texts),
+    "stop": ("a string or a list of strings", _texts),
     "vllm": ("a mapping of vLLM's names", _table),
 }
 

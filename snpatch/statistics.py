@@ -47,7 +47,8 @@ def interval(statistic, *samples: ArrayLike, resamples: int = RESAMPLES, confide
         The interval. With one prompt both bounds are the value, because it has no spread.
     """
     if resamples < 1 or not 0 < confidence < 1:
-        raise SnpatchError("bootstrap: resamples must be at least 1 and confidence lie between 0 and 1")
+        message = f"resamples >= 1 and confidence in (0, 1), got resamples {resamples} and confidence {confidence}"
+        raise SnpatchError(f"bootstrap: expected {message}")
     samples = tuple(np.asarray(sample, dtype=float) for sample in samples)
     value = float(statistic(*samples, axis=-1))
     if len(samples[0]) < 2:
@@ -104,11 +105,11 @@ def net_effect(
     return interval(net, patched, controls, recipient, donor, **certainty)
 
 
-def paired_p(one: ArrayLike, other: ArrayLike) -> float | None:
+def paired_p(x: ArrayLike, y: ArrayLike) -> float | None:
     """Return p of the two-sided paired t-test; None for fewer than two prompts, or if no score differs."""
-    if np.size(one) < 2 or np.allclose(one, other, rtol=1e-12, atol=0):
+    if np.size(x) < 2 or np.allclose(x, y, rtol=1e-12, atol=0):
         return None
-    return float(ttest_rel(one, other).pvalue)
+    return float(ttest_rel(x, y).pvalue)
 
 
 def half_width(values: ArrayLike, tail: float, population: int | None = None) -> float:
@@ -131,9 +132,9 @@ def half_width(values: ArrayLike, tail: float, population: int | None = None) ->
     return float(student.isf(tail, n - 1) * values.std(ddof=1) * math.sqrt(left / n))
 
 
-def spearman(one: ArrayLike, other: ArrayLike) -> float:
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Return the rank correlation of paired values."""
-    return float(spearmanr(one, other).statistic)  # pyright: ignore[reportAttributeAccessIssue]  # it has one
+    return float(spearmanr(x, y).statistic)  # pyright: ignore[reportAttributeAccessIssue]  # it has one
 
 
 def skewness(values: ArrayLike) -> float | None:

@@ -22,18 +22,21 @@ NEURONS_PRINTED, NEURONS_IN_JSON = 10, 20
 def contrast(
     config: EngineConfig,
     prompts: Prompts,
-    recipient: Annotated[str, typer.Option(help="Model that is to be patched.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="File of the ranking (.safetensors).")],
+    recipient: Annotated[str, typer.Option(help="Recipient: the model to patch.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output file for the ranking (.safetensors).")],
     sampling: Fields,
     donor: Annotated[
-        str | None, typer.Option(help="Model it is compared with. Default: rank by the recipient's own activations.")
+        str | None,
+        typer.Option(help="Donor: the model to compare with. Default: rank by the recipient's own activations."),
     ] = None,
-    generate_with: Annotated[str, typer.Option(help="Who writes the completions: recipient or donor.")] = "recipient",
+    generate_with: Annotated[
+        str, typer.Option(help="Model that generates the completions: recipient or donor.")
+    ] = "recipient",
     positions: Annotated[
-        str, typer.Option(help=f"Positions that count: {', '.join(CONTRAST_POSITIONS)}.")
+        str, typer.Option(help=f"Token positions to compare: {', '.join(CONTRAST_POSITIONS)}.")
     ] = "completion",
     completions: Annotated[
-        Path | None, typer.Option(help="JSONL with a `completion` per prompt, instead of generated ones.")
+        Path | None, typer.Option(help="JSONL file with a `completion` per prompt, used instead of generating.")
     ] = None,
     exclude_layer: Annotated[
         list[int] | None,
@@ -52,7 +55,7 @@ def contrast(
 
     chats = prompts.data.prompts
     if completions and positions not in COMPLETION_POSITIONS:
-        raise SnpatchError(f"--completions is for --positions {' or '.join(COMPLETION_POSITIONS)}, got {positions}")
+        raise SnpatchError(f"--completions: expected --positions {' or '.join(COMPLETION_POSITIONS)}, got {positions}")
     texts = read_completions(completions, prompts.limit, chats) if completions else None
     check_writable(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:

@@ -170,10 +170,14 @@ class DatasetSourceOptions:
 
 def _given_fields(values: dict) -> Fields:
     """Return the engine's fields that were given on the command line, without its models."""
-    given = {f.name: values[f.name] for f in fields(EngineConfig) if "help" in f.metadata and is_given(values, f.name)}
+    given_fields = {
+        f.name: values[f.name] for f in fields(EngineConfig) if "help" in f.metadata and is_given(values, f.name)
+    }
     if values["chat_template_kwargs"] is not None:
-        given["chat_template_kwargs"] = parse_json_object(values["chat_template_kwargs"], "--chat-template-kwargs")
-    return given | parse_values(values["engine_arg"], "--engine-arg")
+        given_fields["chat_template_kwargs"] = parse_json_object(
+            values["chat_template_kwargs"], "--chat-template-kwargs"
+        )
+    return given_fields | parse_values(values["engine_arg"], "--engine-arg")
 
 
 def is_given(values: dict, name: str) -> bool:
@@ -235,8 +239,10 @@ _PROMPTS = Annotated[
     str,
     typer.Argument(help="File (JSONL, CSV, Parquet, or text with a prompt per line) or dataset, such as beavertails."),
 ]
-Format = Annotated[str | None, typer.Option("--format", help="Dataset whose published format the file has.")]
-Column = Annotated[str | None, typer.Option(help="Column that holds the prompt.")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="Published dataset whose format the file uses, such as harmbench.")
+]
+Column = Annotated[str | None, typer.Option(help="Column with the prompt. Default: detected by its name.")]
 SkipInvalid = Annotated[bool, typer.Option("--skip-invalid", help="Drop invalid rows and print their number.")]
 _TEXT = Annotated[list[str] | None, typer.Option("--prompt", help="A prompt as text, instead of PROMPTS. Repeatable.")]
 _LIMIT = Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")]
@@ -245,17 +251,17 @@ _ADAPTERS = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="name=folder: a model with a PEFT IA3 adapter, a folder or owner/name on the hub; name=folder,folder "
-        "stacks several in order. Repeatable.",
+        help="Add a model: name=folder of a PEFT IA3 adapter (or owner/name on the hub). name=folder,folder stacks "
+        "several adapters in order. Repeatable.",
     ),
 ]
 _CHECKPOINTS = Annotated[
     list[str] | None,
-    typer.Option("--checkpoint", help="name=checkpoint: a model with other weights than MODEL's. Repeatable."),
+    typer.Option("--checkpoint", help="Add a model on other weights than MODEL's: name=checkpoint. Repeatable."),
 ]
 _LORA = Annotated[
     list[str] | None,
-    typer.Option("--lora", help="name=folder: a model with a PEFT LoRA, merged into its weights. Repeatable."),
+    typer.Option("--lora", help="Add a model: name=folder of a PEFT LoRA, merged into MODEL's weights. Repeatable."),
 ]
 _MODEL_OPTIONS = {"adapter": _ADAPTERS, "checkpoint": _CHECKPOINTS, "lora": _LORA}
 _TEMPLATE_KWARGS = Annotated[
@@ -265,7 +271,7 @@ _TEMPLATE_KWARGS = Annotated[
 _ENGINE_ARGUMENTS = Annotated[
     list[str] | None,
     typer.Option(
-        "--engine-arg", help="name=value: argument of the backend, such as tensor_parallel_size=2. Repeatable."
+        "--engine-arg", help="Argument of the backend: name=value, such as tensor_parallel_size=2. Repeatable."
     ),
 ]
 

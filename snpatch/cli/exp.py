@@ -8,7 +8,7 @@ import typer
 
 from snpatch.cli import options as o
 from snpatch.cli.dataclass_options import EngineOptions, Fields, SkipInvalid, TrustConfig, parse_values, with_options
-from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.errors import ReceiptError, SnpatchError, unknown_name
 from snpatch.experiments import DESCRIPTIONS, NAMES
 
 
@@ -98,23 +98,25 @@ def run_experiments(
     selected = list(NAMES) if names == ["all"] else names
     unknown = [name for name in selected if name not in NAMES]
     if unknown:
-        raise SnpatchError(f"no experiment named {unknown[0]!r}: there are {', '.join(NAMES)}, or all")
+        raise unknown_name("experiment", unknown[0], [*NAMES, "all"])
     if settings and len(selected) > 1:
-        raise SnpatchError("--set is for one experiment; for several, write the settings into the experiment config")
+        raise SnpatchError(
+            f"--set: expected one experiment, got {len(selected)}. Write the settings into the experiment config."
+        )
     experiment_config = load_experiment_config(config, trust)
     for name in {**experiment_config.settings, **dict.fromkeys(selected)}:
         experiments.resolve_settings(experiment_config, name, settings if name in selected else None)
     for name in selected:
         check_writable(out / f"{name}.csv")
-    failed, written = {}, []
+    failed, paths = {}, []
     with ExperimentContext(
         experiment_config, out, progress=o.progress_bar, command=o.command_line(), **arguments
     ) as context:
         for name in selected:
             try:
-                written += o.write_report(experiments.run(name, context, settings), out, as_json)
+                paths += o.write_report(experiments.run(name, context, settings), out, as_json)
             except ReceiptError as error:
-                for path in (*written, out / "report.md", out / "report.json"):
+                for path in (*paths, out / "report.md", out / "report.json"):
                     path.unlink(missing_ok=True)
                 raise ReceiptError(f"{name}: {error}; the tables of this run were removed: run it again") from error
             except SnpatchError as error:

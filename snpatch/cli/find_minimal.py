@@ -20,7 +20,9 @@ def find_minimal(
     ] = 0.9,
     blocks: Annotated[
         int | None,
-        typer.Option(min=1, help="Also find a small set of blocks of this many layers that reaches it (greedy)."),
+        typer.Option(
+            min=1, help="Also search blocks of N layers for a small set that reaches the target effect (greedy)."
+        ),
     ] = None,
     as_json: o.AsJson = False,
 ) -> None:

@@ -22,7 +22,7 @@ def generate(
     config: EngineConfig,
     prompts: Prompts,
     sampling: Fields,
-    recipient: Annotated[str, typer.Option(help="Name of the model that is patched and generates.")] = "base",
+    recipient: Annotated[str, typer.Option(help="Recipient: the model to patch and to generate with.")] = "base",
     donor: Annotated[
         str | None,
         typer.Option(
@@ -41,7 +41,11 @@ def generate(
         str, typer.Option(help=f"Patched positions: {', '.join(POSITIONS)}, or the index to start from.")
     ] = "all",
     strength: Annotated[
-        float, typer.Option(help="1: the donor's value; 0 to 1: a mixture; above 1 amplifies, below 0 reverses.")
+        float,
+        typer.Option(
+            help="Patch strength: 1 copies the donor's value, 0.5 averages recipient and donor, 2 doubles the "
+            "difference, -1 reverses it."
+        ),
     ] = 1.0,
     out: o.Out = None,
     as_json: o.AsJson = False,
@@ -57,9 +61,11 @@ def generate(
     given = {"--ranking": ranking, "--window": window, "--positions": positions != "all", "--strength": strength != 1}
     patch_options = [name for name, value in given.items() if value]
     if donor is None and patch_options:
-        raise SnpatchError(f"--donor: expected with {', '.join(patch_options)}, got none. Pass --donor")
+        raise SnpatchError(f"--donor: expected with {', '.join(patch_options)}, got none. Pass --donor.")
     if donor and (missing := [name for name in ("--ranking", "--window") if given[name] is None]):
-        raise SnpatchError(f"--donor: expected {' and '.join(missing)} with it, got none. Pass {' and '.join(missing)}")
+        raise SnpatchError(
+            f"--donor: expected {' and '.join(missing)} with it, got none. Pass {' and '.join(missing)}."
+        )
     patch = recipient
     if donor:
         from snpatch.models.checkpoint import load_model_shape
@@ -68,12 +74,15 @@ def generate(
         patch = spec.from_text(recipient, donor, ranking, window, positions, parameters.seed, strength, shape)
     with o.open_engine(config) as engine, o.progress_bar("generate") as progress:
         completions = engine.generate(chats, patch, parameters, progress)
-    more = [{"logprobs": completion.logprobs} if parameters.logprobs else {} for completion in completions]
-    write_completions(chats, completions, more, out, as_json)
+    extra_fields = [{"logprobs": completion.logprobs} if parameters.logprobs else {} for completion in completions]
+    write_completions(chats, completions, extra_fields, out, as_json)
 
 
-def write_completions(chats, completions, more: list[dict], out: Path | None, as_json: bool) -> None:
-    """Write completions as JSONL to a file or stdout, or as readable text. more: further fields of each."""
+def write_completions(chats, completions, extra_fields: list[dict], out: Path | None, as_json: bool) -> None:
+    """Write completions as JSONL to a file or stdout, or as readable text.
+
+    extra_fields: further fields of each completion.
+    """
     from snpatch.data import question
     from snpatch.utils.files import write_text
 
@@ -86,7 +95,7 @@ def write_completions(chats, completions, more: list[dict], out: Path | None, as
             "token_ids": completion.token_ids,
             **fields,
         }
-        for chat, completion, fields in zip(chats, completions, more, strict=True)
+        for chat, completion, fields in zip(chats, completions, extra_fields, strict=True)
     ]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if out:

@@ -19,7 +19,7 @@ ENGINE, COMPLETION_OPTIONS = EngineOptions(), FieldOptions(GREEDY, ("max_tokens"
 FIT_OPTIONS = FieldOptions(GuardConfig, ("folds", "threshold", "refusal"))
 
 app = typer.Typer(
-    help="Predict from the neurons at a prompt's last token if the completion would be harmful, and refuse it.",
+    help="Fit, test and apply guards: classifiers that predict a harmful completion from the prompt.",
     no_args_is_help=True,
 )
 
@@ -48,7 +48,7 @@ def fit(
         str,
         typer.Option("--C", help="Inverse L2 penalty. Of several (0.01,0.1,1), cross-validation chooses one."),
     ] = ",".join(map(str, GuardConfig().strengths)),
-    balanced: Annotated[bool, typer.Option("--balanced", help="Give both classes the same weight.")] = False,
+    balanced: Annotated[bool, typer.Option("--balanced", help="Weight both classes equally.")] = False,
     as_json: o.AsJson = False,
 ) -> None:
     """Complete prompts, judge the completions, and fit a classifier of harm from the prompts alone."""

@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -57,8 +57,7 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
     from snpatch.judges.factory import is_model_judge, open_judge
 
     sources = parse_sources(entries, "judge", lambda _: "cost")
-    if form is not None and not any(map(is_model_judge, sources.values())):
-        raise SnpatchError("--judge-format is for a model, and no judge is one")
+    check_judge_format(form, sources)
     arguments = {"format": form, "backend": config.backend}
     if config.device != EngineConfig.device:
         arguments["device"] = config.device
@@ -69,6 +68,14 @@ def open_judges(entries: list[str], form: str | None, config: EngineConfig) -> I
             if is_model_judge(source):
                 opened.callback(judges[name].close)
         yield judges
+
+
+def check_judge_format(form: str | None, sources: Mapping[str, str]) -> None:
+    """Raise if --judge-format was given and no judge is a model."""
+    from snpatch.judges.factory import is_model_judge
+
+    if form is not None and not any(map(is_model_judge, sources.values())):
+        raise SnpatchError("--judge-format: expected a model as judge, got none. Leave the option out.")
 
 
 def parse_sources(entries: list[str] | None, option: str, default_name: Callable[[str], str]) -> dict[str, str]:

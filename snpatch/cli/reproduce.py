@@ -33,11 +33,9 @@ StartAt = Annotated[
 Base = Annotated[str | None, typer.Option(help="Folder or name of the base model, in place of the preset's.")]
 UseAdapter = Annotated[
     list[str] | None,
-    typer.Option(help="name=folder: use an existing adapter instead of training it (dpo-42=DPO). Repeatable."),
+    typer.Option(help="Use an existing adapter instead of training it: name=folder, such as dpo-42=DPO. Repeatable."),
 ]
-Seed = Annotated[
-    list[int] | None, typer.Option(help="Training seed; the first one's pair is the main one. Repeatable.")
-]
+Seed = Annotated[list[int] | None, typer.Option(help="Training seed. Repeatable; the first seed trains the main pair.")]
 Launcher = Annotated[str, typer.Option(help='Command that starts trainings: "accelerate launch". Default: Python.')]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use only the first N prompts of each dataset.")]
 

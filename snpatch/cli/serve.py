@@ -41,11 +41,11 @@ class ServeOptions:
 
     def parameters(self) -> list[inspect.Parameter]:
         """Return parameters for the engine, --ranking, --constant, --guard, --judge, --patch, and the server."""
-        named = [
+        name_options = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_repeatable(help))
             for name, (_, help) in _NAMED_OPTIONS.items()
         ]
-        return [*EngineOptions().parameters(), *named, *SERVER_OPTIONS.parameters()]
+        return [*EngineOptions().parameters(), *name_options, *SERVER_OPTIONS.parameters()]
 
     def build(self, values: dict) -> ServeConfig:
         """Build the config from MODEL (a file or a model), the given options and vLLM's flags; later ones win.

@@ -53,8 +53,8 @@ class SweepGroup(TyperGroup):
 app = typer.Typer(
     cls=SweepGroup,
     no_args_is_help=True,
-    help="Patch every window into every recipient, judge the completions, and plot cost against k: `snpatch sweep "
-    "SPEC`, or `snpatch sweep MODEL PROMPTS` with the options of `snpatch sweep run`.",
+    help="Patch every window into every recipient, judge the completions, and plot the cost against k.\n\n"
+    "`snpatch sweep SPEC` runs a sweep file; `snpatch sweep MODEL PROMPTS` takes the options of `snpatch sweep run`.",
 )
 
 
@@ -94,7 +94,7 @@ class SweepOptions:
                 spec, {"backend": spec.engine.backend, **EngineOptions(has_model=False).build(values)}
             )
         if missing := [f"--{name}" for name in REQUIRED_OPTIONS if not values[name]]:
-            raise SnpatchError(f"a sweep without a file needs {', '.join(missing)}")
+            raise SnpatchError(f"sweep: expected a sweep file or {', '.join(missing)}, got neither.")
         config, prompts = EngineOptions().build(values), DatasetSourceOptions().build(values)
         assert prompts is not None
         config.checked_backend()
@@ -125,13 +125,20 @@ _OPTIONS = {
         None,
     ),
     "donor": (
-        Annotated[list[str] | None, typer.Option(help="Model whose activations are copied. Repeatable.")],
+        Annotated[list[str] | None, typer.Option(help="Donor: the model whose activations are copied. Repeatable.")],
         None,
     ),
     "judge": (o.OptionalJudges, None),
-    "recipient": (Annotated[list[str] | None, typer.Option(help="Model to patch. Repeatable.")], None),
+    "recipient": (Annotated[list[str] | None, typer.Option(help="Recipient: the model to patch. Repeatable.")], None),
     "windows": (
-        Annotated[str | None, typer.Option("--windows", "-k", help="Comma-separated windows: k, or ranks LO:HI.")],
+        Annotated[
+            str | None,
+            typer.Option(
+                "--windows",
+                "-k",
+                help="Comma-separated windows: k for the top k, or ranks LO:HI; for example 0,200,1000.",
+            ),
+        ],
         None,
     ),
     "strengths": (Annotated[str, typer.Option(help="Comma-separated patch strengths.")], "1"),
@@ -153,12 +160,12 @@ def run(
     shard: Annotated[
         str | None,
         typer.Option(
-            help="i/n: write only the i-th of n shards, to a file of its own; the sweep without --shard merges them."
+            help="i/n: generate only shard i of n, into a separate file. Run without --shard to merge all shards."
         ),
     ] = None,
     ray: Annotated[int | None, typer.Option(min=1, help="Number of replicas of the engine, as Ray actors.")] = None,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs per replica, with --ray.")] = 0,
-    max_restarts: Annotated[int, typer.Option(min=0, help="Restarts of a crashed engine.")] = 5,
+    max_restarts: Annotated[int, typer.Option(min=0, help="Maximum number of restarts after engine crashes.")] = 5,
     as_json: o.AsJson = False,
 ) -> None:
     """Run a sweep file (SPEC), or MODEL on PROMPTS with these options. Repeat the command to resume.
@@ -275,8 +282,7 @@ def _build_table(config: EngineConfig, prompts: Fields, values: dict, fields: Fi
     rankings = o.parse_sources(values["ranking"], "ranking", o.file_stem)
     sources = o.parse_sources(values["judge"], "judge", lambda _: "cost")
     judge_format = values["judge_format"]
-    if judge_format is not None and not any(map(is_model_judge, sources.values())):
-        raise SnpatchError("--judge-format is for a model, and no judge is one")
+    o.check_judge_format(judge_format, sources)
     arguments = {"format": judge_format} if judge_format else {}
     if config.device != EngineConfig.device:
         arguments["device"] = config.device

@@ -71,16 +71,16 @@ class TrainingDataOptions:
         Raises:
             SnpatchError: An option of DATA_OPTIONS was given without DATA, or --filter is not column=value,value.
         """
-        given = {name: values[name] for name in ("split", "column", "revision", "filter") if values[name] is not None}
+        fields = {name: values[name] for name in ("split", "column", "revision", "filter") if values[name] is not None}
         if values["data"] is None:
-            if given or values["form"]:
+            if fields or values["form"]:
                 raise SnpatchError(f"{DATA_OPTIONS}: expected DATA with these options, got none. Pass DATA")
             subset = {name: values[option] for name, option in _SUBSET_FIELDS.items() if values[option]}
             return {"skip_invalid": values["skip_invalid"], **subset}
-        if "filter" in given:
-            given["filter"] = _parse_row_filter(given["filter"])
+        if "filter" in fields:
+            fields["filter"] = _parse_row_filter(fields["filter"])
         names = {"source": "data", "format": "form", "skip_invalid": "skip_invalid", **_SUBSET_FIELDS}
-        return {**given, **{name: values[option] for name, option in names.items()}}
+        return {**fields, **{name: values[option] for name, option in names.items()}}
 
 
 def _parse_row_filter(text: str) -> tuple[str, ...]:

@@ -41,7 +41,9 @@ def read_completions(path: str | Path, limit: int | None = None, prompts: Sequen
             _check_prompt(row, prompts[len(completions)])
         completions.append(row.value["completion"])
     if prompts is not None and len(completions) != len(prompts):
-        raise SnpatchError(f"{path}: {len(prompts)} prompts and {len(completions)} completions: expected one for each")
+        raise SnpatchError(
+            f"{path}: expected one completion for each of {len(prompts)} prompts, got {len(completions)}"
+        )
     return completions
 
 

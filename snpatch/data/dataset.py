@@ -59,10 +59,14 @@ class Dataset:
 
     @property
     def prompts(self) -> list[Chat]:
-        """Return the prompts; raise a SnpatchError for running text."""
+        """Return the prompts.
+
+        Raises:
+            SnpatchError: The rows are running text.
+        """
         prompts = [example.prompt for example in self.examples if example.prompt]
         if len(prompts) < len(self.examples):
-            raise SnpatchError(f"{self.name} is a text: it has no prompts")
+            raise SnpatchError(f"{self.name}: expected prompts, got running text")
         return prompts
 
     @property
@@ -73,7 +77,7 @@ class Dataset:
             SnpatchError: The rows are prompts.
         """
         if any(example.prompt for example in self.examples):
-            raise SnpatchError(f"{self.name} holds prompts: it is not a text")
+            raise SnpatchError(f"{self.name}: expected running text, got prompts")
         return "\n\n".join(example.response or "" for example in self.examples)
 
     @property
@@ -82,9 +86,13 @@ class Dataset:
         return fingerprint_examples(self.examples)
 
     def first(self, n: int) -> "Dataset":
-        """Return the first n examples, or all if there are fewer."""
+        """Return the first n examples, or all if there are fewer.
+
+        Raises:
+            SnpatchError: n is less than 1.
+        """
         if n < 1:
-            raise SnpatchError(f"{self.name}: cannot take the first {n} examples")
+            raise SnpatchError(f"{self.name}: first: expected at least 1 example, got {n}")
         return self._select(self.examples[:n], f"first {n}")
 
     def sample(self, n: int, seed: int) -> "Dataset":
@@ -97,9 +105,9 @@ class Dataset:
             SnpatchError: There are fewer than n examples, or the seed is out of range.
         """
         if not 0 < n <= len(self):
-            raise SnpatchError(f"{self.name}: cannot draw {n} examples, it has {len(self)}")
+            raise SnpatchError(f"{self.name}: sample: expected 1..{len(self)} examples, got {n}")
         if not 0 <= seed < 2**32:
-            raise SnpatchError(f"{self.name}: seed must be at least 0 and less than 2^32, got {seed}")
+            raise SnpatchError(f"{self.name}: seed: expected 0..2^32-1, got {seed}")
         order = np.random.RandomState(seed).permutation(len(self))[:n]
         return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
 
@@ -113,10 +121,11 @@ class Dataset:
         """
         if not any(column in e.meta for e in self.examples):
             columns = ", ".join(dict.fromkeys(name for e in self.examples for name in e.meta))
-            raise SnpatchError(f"{self.name}: no example has a column {column}: there are {columns}")
+            raise SnpatchError(f"{self.name}: filter: expected one of the columns {columns}, got {column}")
         examples = tuple(e for e in self.examples if _matches_any(e.meta.get(column), values))
         if not examples:
-            raise SnpatchError(f"{self.name}: no example has {column} in {', '.join(map(repr, values))}")
+            listed = ", ".join(map(repr, values))
+            raise SnpatchError(f"{self.name}: filter: expected examples with {column} in {listed}, got none")
         return self._select(examples, f"{column} in {', '.join(map(repr, values))}")
 
     @property

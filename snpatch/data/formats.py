@@ -60,7 +60,7 @@ class Format:
 def _beavertails(row: dict) -> Example:
     """Return an example with answer and labels; each prompt has several rows, of which the first is kept."""
     if not isinstance(row["is_safe"], bool) or not isinstance(row["category"], dict):
-        raise RowError("is_safe must be true or false, and category an object")
+        raise RowError("is_safe, category: expected true or false, and an object")
     response = get_text(row, "response", empty=True)
     return Example(user(get_text(row, "prompt")), response, meta=rest(row, "prompt", "response"))
 
@@ -106,7 +106,7 @@ def lima(row: dict) -> Example:
     """Return an example of alternating user and assistant messages (LIMA's test split has only the first)."""
     texts = row["conversations"]
     if not isinstance(texts, list) or not texts:
-        raise RowError(f"conversations must be a list of texts that is not empty, got {shorten_repr(texts)}")
+        raise RowError(f"conversations: expected a non-empty list of strings, got {shorten_repr(texts)}")
     contents = [get_text({"conversations": text}, "conversations") for text in texts]
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     dialogue, response = split_answer(turns)
@@ -134,14 +134,14 @@ def sharegpt(row: dict) -> Example | str:
 def _wikitext(row: dict) -> Example:
     """Return a line of the text unchanged; empty lines count, because the paper joins all of them."""
     if not isinstance(row["text"], str) or not is_unicode(row["text"]):
-        raise RowError(f"text must be a text, got {shorten_repr(row['text'])}")
+        raise RowError(f"text: expected a string, got {shorten_repr(row['text'])}")
     return Example([], row["text"])
 
 
 def _shp(row: dict) -> Example:
     """Return a pair: comment A is preferred if labels is 1, as in its card (the paper's code reverses it)."""
     if row["labels"] not in (0, 1):
-        raise RowError(f"labels must be 0 or 1, got {shorten_repr(row['labels'])}")
+        raise RowError(f"labels: expected 0 or 1, got {shorten_repr(row['labels'])}")
     worse, better = (get_text(row, f"human_ref_{side}") for side in ("BA" if row["labels"] else "AB"))
     meta = rest(row, "history", "human_ref_A", "human_ref_B")
     return Example(user(get_text(row, "history")), chosen=better, rejected=worse, meta=meta)
@@ -172,9 +172,9 @@ def get_text(row: dict, field: str, empty: bool = False) -> str:
     """
     value = row[field]
     if not isinstance(value, str) or not (empty or value.strip()):
-        raise RowError(f"{field} must be a text{'' if empty else ' that is not empty'}, got {shorten_repr(value)}")
+        raise RowError(f"{field}: expected a {'' if empty else 'non-empty '}string, got {shorten_repr(value)}")
     if not is_unicode(value):
-        raise RowError(f"{field} holds half a surrogate pair, or bytes that are not UTF-8")
+        raise RowError(f"{field}: expected UTF-8, got half a surrogate pair or invalid bytes")
     return value.strip()
 
 
@@ -182,9 +182,9 @@ def get_turns(row: dict, field: str, role: str = "role", content: str = "content
     """Return a field's list of messages, with contents stripped; raise a RowError if it is none."""
     value = row[field]
     if not isinstance(value, list) or not all(isinstance(t, dict) and isinstance(t.get(role), str) for t in value):
-        raise RowError(f"{field} must be a list of {role} and {content}, got {shorten_repr(value)}")
+        raise RowError(f"{field}: expected a list of {role} and {content}, got {shorten_repr(value)}")
     if not all(isinstance(turn.get(content), str) for turn in value):
-        raise RowError(f"{field} must be a list of {role} and {content}, each a text")
+        raise RowError(f"{field}: expected a list of {role} and {content}, each a string")
     return [{"role": turn[role], "content": get_text(turn, content, empty=True)} for turn in value]
 
 

@@ -228,7 +228,7 @@ def _build_example(
             raise RowError("messages and chosen are different conversations: choose the prompt by column")
         meta |= {"no_pair": reason} if reason else {}
     elif prompt is None:
-        raise RowError("chosen and rejected hold no prompt: expected conversations that begin alike")
+        raise RowError("chosen and rejected: expected conversations that begin with the same prompt, got none")
     if response is not None and rejected is None and _is_bad(row):
         response, rejected = None, response
     return Example(prompt, response, chosen, rejected, None if dialogue == prompt else dialogue, meta)
@@ -245,7 +245,7 @@ def _get_response(row: dict, field: str, default: str | None) -> str | None:
         return default
     answer = _parse_answer(row, field)
     if isinstance(answer, list):
-        raise RowError(f"{field} must be a text or one assistant turn")
+        raise RowError(f"{field}: expected a string or one assistant turn")
     return answer
 
 
@@ -260,7 +260,7 @@ def _parse_answer(row: dict, field: str) -> str | Chat | None:
         return get_text(row, field, empty=True)
     turns = get_turns(row, field)
     if not turns or turns[-1]["role"] != "assistant":
-        raise RowError(f"{field} must be a text or one assistant turn, or turns that end with one")
+        raise RowError(f"{field}: expected a string or one assistant turn, or turns that end with one")
     return turns[0]["content"] if len(turns) == 1 else turns
 
 
@@ -269,7 +269,7 @@ def _split_pair(
 ) -> tuple[Chat, str | None, str | None, str | None]:
     """Return (common beginning, chosen answer, rejected answer, why there is no pair), split as TRL does."""
     if isinstance(chosen, str) or isinstance(rejected, str):
-        raise RowError("chosen and rejected must be of one form, got a conversation and a text")
+        raise RowError("chosen and rejected: expected the same form, got a conversation and a string")
     if chosen is None or rejected is None:
         dialogue, answer = split_answer(require(chosen or rejected))
         return (dialogue, answer, None, None) if rejected is None else (dialogue, None, answer, None)

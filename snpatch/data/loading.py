@@ -47,18 +47,20 @@ def load_dataset(
     """
     if isinstance(source, str) and source in DATASETS:
         if format or column:
-            raise SnpatchError(f"{source}: format and column are for files; this is a set's name (a file: ./{source})")
+            raise SnpatchError(
+                f"{source}: expected a file with format and column, got a dataset name. Write ./{source} for a file."
+            )
         from snpatch.data.hub_datasets import fetch
 
         name, row_format = source, DATASETS[source]
         rows, origin = fetch(require(row_format.hub), row_format.columns, split, revision)
     else:
         if revision:
-            raise SnpatchError(f"{source}: revision is for sets from the hub, this is a path")
+            raise SnpatchError(f"{source}: expected a dataset name with revision, got a path. Leave revision out.")
         path, name = Path(source), format or Path(source).name
         row_format = _get_format(format, column)
         if not path.exists():
-            raise SnpatchError(f"{source}: no such file, nor a set of that name ({', '.join(DATASETS)})")
+            raise SnpatchError(f"{source}: expected a file or a dataset ({', '.join(DATASETS)}), got neither")
         if any((path / file).is_file() for file in SAVED_FILES):
             from snpatch.data.hub_datasets import read_saved
 
@@ -78,14 +80,14 @@ def _get_format(format: str | None, column: str | None) -> Format:
     if format not in DATASETS:
         raise SnpatchError(f"format: expected one of {', '.join(DATASETS)}, got {format!r}")
     if column:
-        raise SnpatchError(f"column: {format} has its own columns, got {column!r}")
+        raise SnpatchError(f"column: expected none with format {format}, which has its own, got {column!r}")
     return DATASETS[format]
 
 
 def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: dict, skip_invalid: bool) -> Dataset:
-    examples, left_out, read, skipped, seen = [], Counter(), 0, 0, set()
+    examples, dropped, num_rows, skipped, known_prompts = [], Counter(), 0, 0, set()
     for row in rows:
-        read += 1
+        num_rows += 1
         try:
             example = _parse_row(row, row_format)
         except RowError as error:
@@ -94,16 +96,16 @@ def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: d
             skipped += 1
             continue
         if isinstance(example, str):
-            left_out[example] += 1
-        elif row_format.distinct and example.prompt[0]["content"] in seen:
-            left_out["repeated prompt"] += 1
+            dropped[example] += 1
+        elif row_format.distinct and example.prompt[0]["content"] in known_prompts:
+            dropped["repeated prompt"] += 1
         else:
             examples.append(replace(example, meta={**example.meta, "file": row.file, "row": row.number}))
-            seen.add(example.prompt[0]["content"] if row_format.distinct else None)
+            known_prompts.add(example.prompt[0]["content"] if row_format.distinct else None)
     if not examples:
-        why = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
-        raise SnpatchError(f"{name}: holds no prompt ({read} rows, {skipped} of them bad){why}")
-    counts = {"rows": read, "skipped": skipped, "left_out": dict(left_out)}
+        reasons = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
+        raise SnpatchError(f"{name}: expected prompts, got none in {num_rows} rows ({skipped} invalid{reasons})")
+    counts = {"rows": num_rows, "skipped": skipped, "left_out": dict(dropped)}
     for reason in ("no_pair", "left_aside"):
         counts[reason] = dict(Counter(e.meta[reason] for e in examples if reason in e.meta))
     examples = tuple(examples)

@@ -54,7 +54,14 @@ class AsyncEngine(BaseEngine):
         return StreamingExecutor(config, self._opened.text_processors)
 
     async def start(self, log_stats: bool = False) -> None:
-        """Start vLLM, which takes about a minute; `async with` starts it. log_stats: record vLLM's metrics."""
+        """Start vLLM, which takes about a minute. `async with` starts it.
+
+        Args:
+            log_stats: Record vLLM's metrics.
+
+        Raises:
+            SnpatchError: vLLM does not start.
+        """
         self._log_stats = log_stats
         await self.executor.start(list(self._opened.models.values()), log_stats)
 
@@ -85,9 +92,12 @@ class AsyncEngine(BaseEngine):
         """Stream the completion of one prompt.
 
         Args:
-            prompt: A text, a chat, a row or token ids.
+            prompt: A string, a chat, a row or token ids.
             patch: A Patch, or the name of a model to run unpatched.
             sampling: Sampling parameters, with n = 1.
+
+        Yields:
+            Deltas; the last has the completion.
 
         Raises:
             SnpatchError: Invalid arguments, before anything runs.
@@ -104,16 +114,16 @@ class AsyncEngine(BaseEngine):
 
     async def _deltas(self, request: Request, stop_strings: Sequence[str]) -> AsyncIterator[Delta]:
         num_held_back = max(map(len, stop_strings), default=1) - 1  # may begin a stop string
-        sent, executor = Output(), self.executor
+        yielded, executor = Output(), self.executor
         try:
             async with aclosing(executor.stream(request)) as outputs:
                 async for output in outputs:
                     text = output.text
                     if output.finish_reason is None:
                         text = text[: len(text) - num_held_back].rstrip(INCOMPLETE_CHARACTER)
-                    new_text = text[len(sent.text) :]
-                    new_ids = output.token_ids[len(sent.token_ids) :]
-                    sent = Output(output.token_ids, sent.text + new_text)
+                    new_text = text[len(yielded.text) :]
+                    new_ids = output.token_ids[len(yielded.token_ids) :]
+                    yielded = Output(output.token_ids, yielded.text + new_text)
                     completion = Completion.of(request, output) if output.finish_reason is not None else None
                     if new_ids or completion:
                         yield Delta(new_ids, new_text, completion)

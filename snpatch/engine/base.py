@@ -24,7 +24,14 @@ class BaseEngine:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Self:
-        """Open the engine that a config describes."""
+        """Open the engine that a config describes.
+
+        Args:
+            config: Models, backend and sizes of the engine.
+
+        Raises:
+            SnpatchError: The config is invalid, or a model cannot be loaded.
+        """
         engine = cls.__new__(cls)
         engine._open(config)
         return engine
@@ -67,6 +74,12 @@ class BaseEngine:
         """Return the content hash of a model's weights, adapters, template and tokenizer.
 
         Stored completions, rankings and guards belong to the fingerprint, whatever the model's name.
+
+        Args:
+            model: Name of the model.
+
+        Raises:
+            SnpatchError: The engine has no such model.
         """
         return self._opened.fingerprint(self.requests.model(model))
 
@@ -88,8 +101,14 @@ class BaseEngine:
         """Return the token ids of each prompt.
 
         Args:
-            prompts: Texts, chats, rows or token ids.
+            prompts: Strings, chats, rows or token ids.
             model: Name of the recipient, whose chat template is used; one for all or one per prompt.
             room: Number of further tokens that must fit into the context.
+
+        Returns:
+            Token ids per prompt.
+
+        Raises:
+            SnpatchError: Invalid prompts, an unknown model, or a prompt that is too long.
         """
         return self.requests.encode(prompts, model, room)

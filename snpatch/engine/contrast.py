@@ -47,7 +47,7 @@ def contrast(
     ids = engine.encode(prompts, generator)
     models = {name: engine.fingerprint(name) for name in pair if name is not None}
     if donor is not None and engine.requests.model(recipient).fingerprint == engine.requests.model(donor).fingerprint:
-        raise SnpatchError(f"contrast: {recipient} and {donor} are the same model by content: no neuron can differ")
+        raise SnpatchError(f"contrast: expected two models, got {recipient} and {donor}, which are equal by content")
     observes_writing = positions == "completion" and completions is None and not sampling.stop
     if observes_writing and generate_with == "recipient":
         statistics, observed = _observe_writing(engine, ids, pair, sampling, progress)
@@ -58,9 +58,7 @@ def contrast(
         statistics, observed = _observe_reading(engine, ids, token_ids, pair, positions, progress)
     expected = sum(observed)
     if (statistics.count != expected).any():
-        raise ReceiptError(
-            f"contrast: {expected} tokens should have counted in each layer, got {statistics.count.tolist()}"
-        )
+        raise ReceiptError(f"contrast: expected {expected} counted tokens per layer, got {statistics.count.tolist()}")
     if donor is None:
         statistics = statistics.recipient_only()
     meta = {
@@ -85,19 +83,19 @@ def contrast(
 
 def _check_arguments(positions: str, method: str, sampling: Sampling, generate_with: str, donor: str | None) -> None:
     if positions not in CONTRAST_POSITIONS:
-        raise SnpatchError(f"positions must be one of {', '.join(CONTRAST_POSITIONS)}, got {positions!r}")
+        raise SnpatchError(f"positions: expected one of {', '.join(CONTRAST_POSITIONS)}, got {positions!r}")
     if method not in METHODS:
-        raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise SnpatchError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if generate_with not in ROLES:
-        raise SnpatchError(f"generate_with must be one of {', '.join(ROLES)}, got {generate_with!r}")
+        raise SnpatchError(f"generate_with: expected one of {', '.join(ROLES)}, got {generate_with!r}")
     if generate_with == "donor" and donor is None:
-        raise SnpatchError("generate_with: expected recipient, as there is no donor; name a donor")
+        raise SnpatchError("generate_with: expected recipient without a donor, got donor. Name a donor.")
     if not isinstance(sampling, Sampling):
         raise SnpatchError(f"sampling: expected a Sampling, got {shown(sampling)}")
     if sampling.n > 1:
-        raise SnpatchError("contrast: one completion a prompt; give a prompt several times for several")
+        raise SnpatchError(f"sampling: n: expected 1, got {sampling.n}. Repeat a prompt to get several completions.")
     if sampling.ignore_eos:
-        raise SnpatchError("contrast: EOS never counts, so sampling cannot ignore it")
+        raise SnpatchError("sampling: ignore_eos: expected false, got true. A contrast never counts EOS.")
 
 
 def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, list[int]]:
@@ -108,11 +106,11 @@ def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics,
     """
     statistics, limits, requests = _empty(engine), [], []
     for prompt in ids:
-        own = engine.requests.fitted(prompt, sampling)
-        observe = Observation(statistics, len(prompt), len(prompt) + own.max_tokens, include_eos=False)
-        longer = replace(own, max_tokens=own.max_tokens + 1)
+        max_tokens = engine.requests.fitted(prompt, sampling).max_tokens
+        observe = Observation(statistics, len(prompt), len(prompt) + max_tokens, include_eos=False)
+        longer = replace(engine.requests.fitted(prompt, sampling), max_tokens=max_tokens + 1)
         requests.append(engine.requests.observing(prompt, pair, observe, sampling=longer))
-        limits.append(own.max_tokens)
+        limits.append(max_tokens)
     outputs = engine.execute(requests, progress)
     lengths = [len(o.token_ids) - (o.finish_reason == "eos") for o in outputs]
     return statistics, _check_not_empty(list(map(min, lengths, limits)))
@@ -144,7 +142,7 @@ def _completions(engine, ids, generator, completions, sampling, progress) -> lis
         while completion and completion[-1] in eos_ids:
             completion.pop()
         if not eos_ids.isdisjoint(completion):
-            raise SnpatchError(f"completion {index} goes on after an EOS")
+            raise SnpatchError(f"completion {index}: expected no token after EOS, got some")
     return token_ids
 
 
@@ -154,7 +152,7 @@ def _empty(engine) -> Statistics:
 
 def _check_not_empty(observed: list[int]) -> list[int]:
     if not any(observed):
-        raise SnpatchError("contrast: there is no position to observe: every completion is empty")
+        raise SnpatchError("contrast: expected a position to observe, got only empty completions")
     return observed
 
 

@@ -89,9 +89,21 @@ class Engine(BaseEngine):
         sampling: Sampling | Sequence[Sampling] = GREEDY,
         guard: PromptGuard | None = None,
     ) -> Iterator[tuple[int, Completion]]:
-        """Yield (index, completion) as each completion finishes. Requests end if the caller stops iterating.
+        """Generate completions and yield each as it finishes. Requests end if the caller stops iterating.
 
-        Arguments and errors are those of `generate`; index: the completion's place in the result of `generate`.
+        Args:
+            prompts: See `generate`.
+            patch: See `generate`.
+            sampling: See `generate`.
+            guard: See `generate`.
+
+        Yields:
+            (index, Completion), where the index is the completion's position in the result of `generate`.
+
+        Raises:
+            ReceiptError: See `generate`.
+            OverflowedError: See `generate`.
+            SnpatchError: See `generate`.
         """
         return self._stream(self._build_jobs(prompts, patch, sampling, guard))
 
@@ -121,8 +133,8 @@ class Engine(BaseEngine):
 
         Raises:
             ReceiptError: The device overwrote another number of neurons than the patch implies.
-            OverflowedError: Values of a patched text overflowed. A SpoiledEngineError, of an unpatched text, restarts
-                the engine.
+            OverflowedError: Values of a patched completion overflowed. A SpoiledEngineError, of an unpatched one,
+                restarts the engine.
             SnpatchError: Invalid prompts, patches or sampling parameters.
         """
         jobs = self._build_jobs(prompts, patch, sampling, guard)
@@ -154,11 +166,11 @@ class Engine(BaseEngine):
 
         Args:
             prompts: Strings, chats or lists of token ids.
-            recipient: Model that is to be patched.
-            donor: Model whose activations are to be copied. None: observe the recipient alone, also with streams=1.
-                The scores are then the root mean square of its own activations.
-            generate_with: "recipient" or "donor", the model that writes the completions.
-            positions: Positions that count: "completion" (tokens of the completion, as in the published code),
+            recipient: Model to patch.
+            donor: Model whose activations are copied. None: observe the recipient alone, also with streams=1. The
+                scores are then the root mean square of its own activations.
+            generate_with: Model that generates the completions, "recipient" or "donor".
+            positions: Positions to compare: "completion" (tokens of the completion, as in the published code),
                 "completion_shifted" (positions that predict them, as in the paper's text), "prompt" or
                 "last_prompt_token". EOS never counts.
             completions: Completions to read, one per prompt, instead of generated ones.
@@ -211,6 +223,9 @@ class Engine(BaseEngine):
 
         Returns:
             [prompts, k] float32, in rank order.
+
+        Raises:
+            SnpatchError: k exceeds the ranking, or a prompt, the model or the position is invalid.
         """
         requests = self.requests.capturing(self.encode(prompts, model), model, ranking, k, positions)
         with open_progress(progress, "capture") as report:
@@ -232,16 +247,24 @@ class Engine(BaseEngine):
             progress: See `generate`.
             completions: One per prompt. Log-probabilities are then of its tokens, and the patch's positions are counted
                 as if it had been generated.
+
+        Returns:
+            One Logprobs per prompt, with len(prompt_ids) - 1 values, or len(completion) values with completions.
+
+        Raises:
+            SnpatchError: Invalid prompts, patches or completions.
+            ReceiptError: The device overwrote another number of neurons than the patch implies.
+            OverflowedError: See `generate`.
         """
         patches = self.requests.patches(patch, len(listed(prompts)))
-        ids = self.encode(prompts, [recipient_name(one) for one in patches], room=0)
-        read = None if completions is None else self.requests.completions(completions, len(ids))
+        ids = self.encode(prompts, [recipient_name(patch) for patch in patches], room=0)
+        completion_ids = None if completions is None else self.requests.completions(completions, len(ids))
         with open_progress(progress, "logprobs") as report:
-            outputs = self.execute(self.requests.reading(ids, patches, read), report)
+            outputs = self.execute(self.requests.reading(ids, patches, completion_ids), report)
         logprobs = [require(output.prompt_logprobs) for output in outputs]
-        if read is None:
+        if completion_ids is None:
             return logprobs
-        return [found.last(len(completion)) for found, completion in zip(logprobs, read, strict=True)]
+        return [values.last(len(completion)) for values, completion in zip(logprobs, completion_ids, strict=True)]
 
     def execute(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Output]:
         """Return the outputs of requests in their order. Raise OverflowedError if a text overflowed."""

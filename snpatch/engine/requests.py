@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from snpatch.errors import SnpatchError, is_unicode, shown
+from snpatch.errors import SnpatchError, is_unicode, shown, unknown_name
 from snpatch.executors.base import Capture, Observation, Output, Request
 from snpatch.models.geometry import Geometry
 from snpatch.models.model import Model
@@ -22,10 +22,10 @@ from snpatch.sampling import Sampling
 
 Prompt = str | Chat | Sequence[int] | Mapping  # a Mapping is a row of a file, with `messages` or `prompt`
 PLAIN_TEXT = (
-    "a prompt is a plain string, which is tokenized without the model's chat template. To ask a question, give "
-    'a chat: [{"role": "user", "content": text}]'
+    "a prompt is a plain string: it is tokenized without the chat template. Pass a chat to use the template: "
+    '[{"role": "user", "content": prompt}]'
 )
-PROMPT_KINDS = "a text, a chat (a list of role and content) or a list of token ids"
+PROMPT_KINDS = "a string, a chat (a list of role and content) or a list of token ids"
 
 _logged: set[str] = set()  # warnings that this process has logged
 
@@ -42,7 +42,7 @@ class Completion:
         stop_reason: The stop string that was found.
         logprobs: Log-probability of each generated token, if Sampling.logprobs asked for them.
         overwrites: Neurons that were overwritten, as counted by the device.
-        harm: A guard's probability that the model's own answer would be harmful.
+        harm: A guard's probability that the model's own completion would be harmful.
     """
 
     prompt_ids: list[int]
@@ -99,7 +99,7 @@ class Requests:
     def model(self, name: str) -> Model:
         """Return the model of a name."""
         if name not in self._models:
-            raise SnpatchError(f"no model named {name!r}: there are {', '.join(self._models)}")
+            raise unknown_name("model", name, self._models)
         return self._models[name]
 
     def template(self, model: str) -> ChatTemplate:
@@ -116,7 +116,7 @@ class Requests:
         """
         prompts = listed(prompts)
         if not prompts:
-            raise SnpatchError("the list of prompts is empty")
+            raise SnpatchError("prompts: expected at least one prompt, got none")
         models = broadcast(model, len(prompts), "model", (str,))
         encoded = []
         for index, (prompt, reader) in enumerate(zip(prompts, models, strict=True)):
@@ -129,21 +129,23 @@ class Requests:
         """Return the token ids of each completion. prompts: their number."""
         completions = listed(completions, "completions")
         if len(completions) != prompts:
-            raise SnpatchError(f"{prompts} prompts and {len(completions)} completions")
+            raise SnpatchError(f"completions: expected one for each of {prompts} prompts, got {len(completions)}")
         encoded = []
         for index, completion in enumerate(completions):
             name, tokenizer = f"completion {index}", self.templates[0].tokenizer
             if isinstance(completion, str):
                 completion = tokenizer(_check_text(completion, name), add_special_tokens=False)["input_ids"]
-            encoded.append(self._parse_ids(completion, name, tokenizer, "a text or a list of token ids"))
+            encoded.append(self._parse_ids(completion, name, tokenizer, "a string or a list of token ids"))
         return encoded
 
     def check_room(self, ids: Sequence[int], room: int, name: str = "a text") -> None:
         """Raise for a text without tokens, or if `room` further tokens do not fit into the context."""
         if not ids:
-            raise SnpatchError(f"{name} has no tokens")
-        if len(ids) + room > self._geometry.context:
-            raise SnpatchError(f"{name} has {len(ids)} tokens, the model's context holds {self._geometry.context}")
+            raise SnpatchError(f"{name}: expected at least one token, got none")
+        if (most := self._geometry.context - room) < len(ids):
+            raise SnpatchError(
+                f"{name}: expected at most {most} tokens for a context of {self._geometry.context}, got {len(ids)}"
+            )
 
     def fitted(self, ids: Sequence[int], sampling: Sampling) -> Sampling:
         """Return the sampling with `max_tokens` limited to what the context holds after the prompt."""
@@ -172,8 +174,8 @@ class Requests:
             if not self.notes.has("marks") and (mark := template.find_mark(chat)):
                 self.notes.add(
                     "marks",
-                    f"{name}: a message contains {mark!r}, which chat templates write; it is inserted unchanged. Give "
-                    "turns as messages, or a text to which a template was applied as a text",
+                    f"{name}: a message contains the template mark {mark!r}, which is not removed. Pass turns as "
+                    "messages, or an already rendered prompt as a string",
                 )
         else:
             ids = prompt
@@ -187,27 +189,27 @@ class Requests:
         if bos is not None and list(ids[:2]) == [bos, bos]:
             self.notes.add(
                 "bos",
-                f"{name} begins with {tokenizer.bos_token!r} twice: the tokenizer adds one to a text that has its own; "
-                "leave it out, or give the chat itself or token ids",
+                f"{name} begins with {tokenizer.bos_token!r} twice: the tokenizer adds it to a string that already has "
+                "it. Leave it out, or pass a chat or token ids",
             )
 
     def check_ids(self, ids: Sequence[int], name: str) -> None:
         """Raise for token ids that the model's embedding has no row for."""
         self._parse_ids(ids, name, self.templates[0].tokenizer, "a list of token ids")
 
-    def _parse_ids(self, value: Any, name: str, tokenizer, wanted: str) -> list[int]:
+    def _parse_ids(self, value: Any, name: str, tokenizer, expected: str) -> list[int]:
         """Return the token ids of a list, or of a numpy array or tensor of integers."""
         value = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(value, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in value):
-            raise SnpatchError(f"{name}: expected {wanted}, got {shown(value)}")
+            raise SnpatchError(f"{name}: expected {expected}, got {shown(value)}")
         try:
             ids = [-1 if isinstance(i, bool) else operator.index(i) for i in value]
         except TypeError:
             ids = [-1]
         size = self._geometry.vocab_size
         if wrong := [i for i in ids if not 0 <= i < size]:
-            token = f": {tokenizer.convert_ids_to_tokens(wrong[0])!r} is {wrong[0]}" if wrong[0] >= size else ""
-            raise SnpatchError(f"{name}: token ids must be integers in 0..{size - 1}{token}")
+            got = f"{wrong[0]} ({tokenizer.convert_ids_to_tokens(wrong[0])!r})" if wrong[0] >= size else "another value"
+            raise SnpatchError(f"{name}: expected token ids in 0..{size - 1}, got {got}")
         return ids
 
     @staticmethod
@@ -225,8 +227,8 @@ class Requests:
         patches = self.patches(patch, len(ids))
         samplings = broadcast(sampling, len(ids), "sampling", (Sampling,))
         return [
-            (index, self.patched(prompt, one, sampling=single))
-            for index, (prompt, one, s) in enumerate(zip(ids, patches, samplings, strict=True))
+            (index, self.patched(prompt, patch, sampling=single))
+            for index, (prompt, patch, s) in enumerate(zip(ids, patches, samplings, strict=True))
             for single in self.fitted(prompt, s).singles()
         ]
 
@@ -238,19 +240,20 @@ class Requests:
     ) -> list[Request]:
         """Return a request per prompt and completion for the log-probabilities of their tokens."""
         patches = self.patches(patch, len(ids))
-        read = [[] for _ in ids] if completions is None else completions
-        for index, (prompt, completion) in enumerate(zip(ids, read, strict=True)):
+        completion_ids = [[] for _ in ids] if completions is None else completions
+        for index, (prompt, completion) in enumerate(zip(ids, completion_ids, strict=True)):
             if completions is not None and not completion:
-                raise SnpatchError(f"completion {index} has no tokens")
+                raise SnpatchError(f"completion {index}: expected at least one token, got none")
             self.check_room(prompt, len(completion), f"prompt {index}")
-        return [self.patched(*each, prompt_logprobs=True) for each in zip(ids, patches, read, strict=True)]
+        rows = zip(ids, patches, completion_ids, strict=True)
+        return [self.patched(prompt, patch, completion, prompt_logprobs=True) for prompt, patch, completion in rows]
 
     def capturing(
         self, ids: Sequence[Sequence[int]], model: str, ranking: Ranking, k: int, position: str | int
     ) -> list[Request]:
         """Return a request per prompt that captures activations. position: "last_prompt_token" or an index."""
         if not 1 <= k <= len(ranking):
-            raise SnpatchError(f"k must lie in 1..{len(ranking)}, the ranked neurons; got {k}")
+            raise SnpatchError(f"k: expected 1..{len(ranking)} (number of ranked neurons), got {k}")
         self._check_shape(ranking)
         self._note_ties(ranking, k)
         requests = []
@@ -258,8 +261,8 @@ class Requests:
             place = -1 if position == "last_prompt_token" else position
             if type(place) is not int or not -len(prompt) <= place < len(prompt):
                 raise SnpatchError(
-                    f"positions={position!r}: expected last_prompt_token or an index, prompt {index} has {len(prompt)} "
-                    "tokens"
+                    f"positions: expected last_prompt_token or an index of the {len(prompt)} tokens of prompt {index}, "
+                    f"got {position!r}"
                 )
             place %= len(prompt)
             capture = Capture(ranking, k, place, place + 1)
@@ -282,16 +285,17 @@ class Requests:
             return Request(text, self.model(patch), **options)
         self._check_shape(patch.ranking)
         max_length = len(text) + (options["sampling"].max_tokens if "sampling" in options else 0)
-        for one in patch.interventions:
-            if isinstance(one.positions, int) and one.positions >= max_length:
-                raise SnpatchError(f"positions={one.positions} is past the {max_length} tokens that the text can have")
+        for intervention in patch.interventions:
+            start = intervention.positions
+            if isinstance(start, int) and start >= max_length:
+                raise SnpatchError(f"positions: expected less than the maximum of {max_length} tokens, got {start}")
         overwrites = patch.resolved(self.model, len(prompt))
         for intervention, overwrite in zip(patch.interventions, overwrites, strict=True):
             self._check_magnitude(intervention, overwrite)
-        donor = next((one.source for one in overwrites if isinstance(one.source, Model)), None)
+        donor = next((overwrite.source for overwrite in overwrites if isinstance(overwrite.source, Model)), None)
         self._note_degenerate(patch, donor)
         # Overwrites of empty windows are dropped, so that their texts share cached blocks with unpatched ones.
-        overwrites = tuple(one for one in overwrites if len(one.window))
+        overwrites = tuple(overwrite for overwrite in overwrites if len(overwrite.window))
         return Request(text, self.model(patch.recipient), donor, overwrites, **options)
 
     def _check_magnitude(self, intervention: Intervention, overwrite: Overwrite) -> None:
@@ -299,16 +303,16 @@ class Requests:
         keep, take = overwrite.factors
         checks = [("strength", "strength", intervention.strength)]
         if isinstance(intervention.donor, Scale):
-            checks.append(("donor", "the scale, with the strength,", keep))
+            checks.append(("donor", "scale with strength", keep))
         if isinstance(intervention.donor, Constant | Noise):
             largest_value = take * intervention.donor.magnitude
-            checks.append(("donor", "the donor's largest value, times the strength,", largest_value))
+            checks.append(("donor", "the donor's largest value times strength", largest_value))
         largest = self._geometry.max_activation
         for field, name, value in checks:
             if not abs(value) <= largest:
                 raise SnpatchError(
-                    f"patch: {name} must be at most {largest:.6g}, what {self._geometry.dtype} can hold and a norm can "
-                    f"square; got {value:.6g}",
+                    f"patch: {name}: expected at most {largest:.6g}, which {self._geometry.dtype} can hold and a norm "
+                    f"can square, got {value:.6g}",
                     field=field,
                 )
 
@@ -319,8 +323,8 @@ class Requests:
                 f"self {donor.fingerprint}",
                 f"the donor of a patch is its recipient {patch.recipient} by content: the patch changes nothing",
             )
-        for one in patch.interventions:
-            self._note_ties(one.ranking, one.window.lo, one.window.hi)
+        for intervention in patch.interventions:
+            self._note_ties(intervention.ranking, intervention.window.lo, intervention.window.hi)
 
     def _note_ties(self, ranking: Ranking, *borders: int) -> None:
         for border in borders:
@@ -330,24 +334,26 @@ class Requests:
             if n := ranking.ties(border):
                 self.notes.add(
                     f"ties {ranking.fingerprint} {border}",
-                    f"{n} neurons of a ranking share the score at a window's border, {border}: which of them are "
-                    "patched is decided by their place in the model",
+                    f"{n} neurons of a ranking share the score at a window's border, {border}: ties are broken by "
+                    "layer and neuron index",
                 )
 
     def _check_shape(self, ranking: Ranking) -> None:
-        wanted = (self._geometry.n_layers, self._geometry.n_neurons)
-        if ranking.shape != wanted:
-            raise SnpatchError(f"the ranking is for a model of {list(ranking.shape)}, this one is {list(wanted)}")
+        shape = (self._geometry.n_layers, self._geometry.n_neurons)
+        if ranking.shape != shape:
+            raise SnpatchError(f"ranking: expected the model's shape {list(shape)}, got {list(ranking.shape)}")
 
 
 def listed(values: Sequence, name: str = "prompts") -> list:
     """Return the items of a list, tuple, array or table column; raise for anything else."""
     if name == "prompts" and isinstance(values, Mapping) and _is_row(values):
-        raise SnpatchError(f"prompts must be a list; got one row ({shown(values)}). Wrap it in a list: [row]")
+        raise SnpatchError(f"prompts: expected a list, got one row ({shown(values)}). Wrap it in a list: [row].")
     is_single = isinstance(values, str | bytes | bytearray | Mapping | Set)
     if is_single or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
-        got = "one text" if isinstance(values, str) else f"{type(values).__name__} ({shown(values)})"
-        raise SnpatchError(f"{name} must be a list; got {got}")
+        got = f"{type(values).__name__} ({shown(values)})"
+        if isinstance(values, str):
+            got = f"one string. Wrap it in a list: [{name.removesuffix('s')}]."
+        raise SnpatchError(f"{name}: expected a list, got {got}")
     return list(values)
 
 
@@ -356,9 +362,9 @@ def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
     values = list(value) if isinstance(value, list | tuple) else [value] * n
     if len(values) != n:
         raise SnpatchError(f"{name}: expected one for all or one for each of {n} prompts, got {len(values)}")
-    for one in values:
-        if not isinstance(one, kinds):
-            raise SnpatchError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {one!r}")
+    for value in values:
+        if not isinstance(value, kinds):
+            raise SnpatchError(f"{name}: expected {' or '.join(k.__name__ for k in kinds)}, got {value!r}")
     return values
 
 
@@ -383,7 +389,7 @@ def _prompt_of_row(row: Mapping, name: str) -> Chat:
 
 def _check_text(text: str, name: str) -> str:
     if not is_unicode(text):
-        raise SnpatchError(f"{name} holds half of a surrogate pair: expected text, got {shown(text)}")
+        raise SnpatchError(f"{name}: expected valid Unicode, got half of a surrogate pair: {shown(text)}")
     return text
 
 
@@ -399,7 +405,7 @@ def _check_chat(chat: Sequence[Mapping], name: str) -> Chat:
             raise SnpatchError(f"{context}: expected a table with role and content, got {shown(message)}")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.keys() - {"role", "content"}):
-            raise SnpatchError(f"{context}: expected content (a text), got {shown(content)}")
+            raise SnpatchError(f"{context}: expected content (a string), got {shown(content)}")
         for text in _texts_in(message):
             _check_text(text, context)
     return [dict(message) for message in chat]

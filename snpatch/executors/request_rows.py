@@ -65,9 +65,7 @@ def collect_resources(request: Request) -> RequestResources:
             resources.constants[source.fingerprint] = source.deviation.float()
     if capture := request.capture:
         if request.overwrites and request.overwrites[0].ranking.fingerprint != capture.ranking.fingerprint:
-            raise SnpatchError(
-                "a request captures by one ranking and is patched by another: both must use the same ranking"
-            )
+            raise SnpatchError("request: expected one ranking for its capture and its patch, got two")
         resources.rankings[capture.ranking.fingerprint] = capture.ranking
     return resources
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import unknown_name
 from snpatch.report.report import Report
 from snpatch.utils.schema import from_dict
 
@@ -38,7 +38,7 @@ NAMES = tuple(DESCRIPTIONS)
 def parse_settings(name: str, values: Mapping[str, object], overrides: Mapping[str, object] | None = None):
     """Build an experiment's Settings from values and overrides by name. Raise for an unknown name."""
     if name not in NAMES:
-        raise SnpatchError(f"no experiment named {name!r}: there are {', '.join(NAMES)}")
+        raise unknown_name("experiment", name, NAMES)
     merged = {**values, **overrides} if overrides else values
     kind = inspect.signature(_import_experiment(name).run).parameters["settings"].annotation
     return from_dict(kind, f"settings of {name}", merged)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from snpatch.config import CONFIDENCE, RESAMPLES
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, unknown_name
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
@@ -49,9 +49,7 @@ def run(context: ExperimentContext, settings: AlignmentTaxSettings) -> Report:
     contrasts = []
     for name in settings.objectives:
         if name not in context.config.contrasts:
-            raise SnpatchError(
-                f"alignment_tax: no contrast named {name!r}: the config has {', '.join(context.config.contrasts)}"
-            )
+            raise unknown_name("alignment_tax: contrast", name, context.config.contrasts)
         contrasts.append(context.config.contrasts[name])
     first, second = (context.ranking(contrast) for contrast in contrasts)
     k = context.num_neurons(settings.k, first)

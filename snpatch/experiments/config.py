@@ -19,10 +19,10 @@ class Contrast:
     """Models whose activations are compared (Eq. 3).
 
     Attributes:
-        recipient: The model that is to be patched.
-        donor: The model whose activations are to be copied.
+        recipient: Model to patch.
+        donor: Model whose activations are copied.
         prompts: Name of a prompt set.
-        generate_with: Who writes the completions, "recipient" or "donor".
+        generate_with: Model that generates the completions, "recipient" or "donor".
     """
 
     recipient: str
@@ -35,7 +35,7 @@ class Contrast:
 
     @property
     def generator(self) -> str:
-        """Name of the model that writes the completions."""
+        """Name of the model that generates the completions."""
         return self.recipient if self.generate_with == "recipient" else self.donor
 
 
@@ -44,7 +44,7 @@ class ExperimentConfig(EvalConfig):
     """Content of an experiment config file.
 
     Attributes:
-        contrasts: Models to contrast, by objective. "safety" is the main contrast; its `against` is the donor.
+        contrasts: Models to contrast, by objective. "safety" is the main contrast.
         recipients: Models that are patched.
         benchmarks: Names of the prompt sets that the models are attacked with.
         seeds: The safety contrast of each further training run, by training seed.
@@ -60,9 +60,10 @@ class ExperimentConfig(EvalConfig):
 
     def __post_init__(self) -> None:
         if "safety" not in self.contrasts:
-            raise SnpatchError("contrasts must have one named safety: its models are the experiments' main pair")
-        if not self.judges or not self.recipients or not self.benchmarks:
-            raise SnpatchError("needs at least one judge, one recipient and one benchmark")
+            names = ", ".join(self.contrasts) or "none"
+            raise SnpatchError(f"contrasts: expected one named safety (the main pair), got {names}")
+        if missing := [name for name in ("judges", "recipients", "benchmarks") if not getattr(self, name)]:
+            raise SnpatchError(f"{', '.join(missing)}: expected at least one, got none")
         models = [*self.recipients]
         for contrast in (*self.contrasts.values(), *self.seeds.values()):
             models += [contrast.recipient, contrast.donor]
@@ -71,7 +72,9 @@ class ExperimentConfig(EvalConfig):
         for name in self.benchmarks:
             self.check_set(name, "benchmarks")
         if self.donor in self.recipients:
-            raise SnpatchError(f"{self.donor!r} is recipient and donor")
+            raise SnpatchError(
+                f"donor: expected a model that is no recipient, got {self.donor!r}. Remove it from the recipients."
+            )
 
     @property
     def safety(self) -> Contrast:

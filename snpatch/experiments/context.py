@@ -12,7 +12,7 @@ from typing import cast
 
 from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, unknown_name
 from snpatch.executors.base import Progress
 from snpatch.experiments.config import Contrast, ExperimentConfig
 from snpatch.experiments.provenance import FingerprintSource, Provenance
@@ -95,7 +95,7 @@ class ExperimentContext:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine, opened at its first use. Call `model` for each model that it runs."""
+        """Return the engine, opened at its first use. Call `model` for each model that it runs."""
         return Engine.from_config(self.config.engine_config(self._backend, **self._engine_arguments))
 
     def start_provenance(self) -> Provenance:
@@ -109,27 +109,54 @@ class ExperimentContext:
         return self._provenance
 
     def model(self, name: str) -> str:
-        """Record the use of a model, and return its name."""
+        """Record the use of a model.
+
+        Args:
+            name: Name of the model.
+
+        Returns:
+            The name.
+
+        Raises:
+            SnpatchError: The engine has no such model.
+        """
         self.record_model(self.engine, name)
         return name
 
     def record_model(self, engine: FingerprintSource, name: str) -> None:
-        """Record the use of a model of some engine."""
+        """Record the use of a model of some engine.
+
+        Args:
+            engine: Engine that has the model.
+            name: Name of the model.
+        """
         self._provenance.model(engine, name, self.config.engine.origin(name))
 
     def record_ranking(self, name: str, ranking: Ranking) -> None:
-        """Record the use of a ranking."""
+        """Record the use of a ranking.
+
+        Args:
+            name: Name of the ranking in the provenance.
+            ranking: The ranking.
+        """
         self._provenance.ranking(name, ranking)
 
     @property
     def sampling(self) -> Sampling:
-        """Sampling of completions: greedy."""
+        """Return the sampling of completions, which is greedy."""
         return Sampling(max_tokens=self.config.max_tokens)
 
     def judge(self, name: str) -> Judge:
-        """Return a judge of the config; open it at its first use."""
+        """Return a judge of the config; open it at its first use.
+
+        Args:
+            name: Name of the judge.
+
+        Raises:
+            SnpatchError: The config has no such judge, or it cannot be opened.
+        """
         if name not in self.config.judges:
-            raise SnpatchError(f"no judge named {name!r}: the config has {', '.join(self.config.judges)}")
+            raise unknown_name("judge", name, self.config.judges)
         if name not in self._judges:
             arguments = dict(self.config.judges[name])
             source = self.config.resolve_path(arguments.pop("source"))
@@ -141,13 +168,20 @@ class ExperimentContext:
 
     @property
     def cost(self) -> dict[str, Judge]:
-        """The cost judge, by its name."""
+        """Return the cost judge, by its name."""
         return {self.config.cost: self.judge(self.config.cost)}
 
     def data(self, name: str) -> Dataset:
-        """Return a prompt set of the config; read it at its first use."""
+        """Return a prompt set of the config; read it at its first use.
+
+        Args:
+            name: Name of the set.
+
+        Raises:
+            SnpatchError: The config has no such set, or it cannot be read.
+        """
         if name not in self.config.sets:
-            raise SnpatchError(f"no set named {name!r}: the config has {', '.join(self.config.sets)}")
+            raise unknown_name("prompt set", name, self.config.sets)
         if name not in self._sets:
             data = self.config.sets[name].read(self.config.folder, self._skip_invalid)
             data.log_row_notes(name)
@@ -156,11 +190,26 @@ class ExperimentContext:
         return self._sets[name]
 
     def prompts(self, name: str) -> list[Chat]:
-        """Return the prompts of a set."""
+        """Return the prompts of a set.
+
+        Args:
+            name: Name of the set.
+
+        Raises:
+            SnpatchError: The config has no such set, or the set is running text.
+        """
         return self.data(name).prompts
 
     def ranking(self, contrast: Contrast | None = None, positions: str = "completion") -> Ranking:
-        """Return the ranking of a contrast (default: safety); compute it unless the folder has it."""
+        """Return the ranking of a contrast; compute it unless the folder has it.
+
+        Args:
+            contrast: The contrast. Default: safety.
+            positions: Positions to compare; see Engine.contrast.
+
+        Raises:
+            SnpatchError: An unknown model or set, or no neuron differs between the two models.
+        """
         contrast = contrast or self.config.safety
         for model in (contrast.recipient, contrast.donor):
             self.model(model)
@@ -173,27 +222,56 @@ class ExperimentContext:
         return self._rankings[names]
 
     def ranking_file(self, contrast: Contrast, positions: str = "completion") -> Path:
-        """Return the file that stores the ranking of a contrast."""
+        """Return the file that stores the ranking of a contrast.
+
+        Args:
+            contrast: The contrast.
+            positions: Compared positions.
+        """
         return self.out / RANKINGS_FOLDER / f"{file_stem('-'.join(_ranking_names(contrast, positions)))}.safetensors"
 
     def num_neurons(self, k: int | float, ranking: Ranking) -> int:
-        """Return k as a number of neurons: a float is a fraction of the ranked ones."""
+        """Return k as a number of neurons.
+
+        Args:
+            k: A number of neurons, or a float: a fraction of the ranked neurons.
+            ranking: The ranking.
+
+        Raises:
+            SnpatchError: A fraction is outside 0.0..1.0.
+        """
         if isinstance(k, float):
             if not 0 <= k <= 1:
-                raise SnpatchError(f"k: a fraction of the neurons must be in 0.0..1.0, got {k}")
+                raise SnpatchError(f"k: expected a fraction of the neurons in 0.0..1.0, got {k}")
             return round(k * len(ranking))
         return k
 
     def top_windows(self, ks: Sequence[int | float], ranking: Ranking) -> tuple[Window, ...]:
-        """Return the window of the top k neurons for each different k."""
+        """Return the window of the top k neurons for each different k.
+
+        Args:
+            ks: Numbers or fractions of neurons; see `num_neurons`.
+            ranking: The ranking.
+
+        Raises:
+            SnpatchError: A fraction is outside 0.0..1.0.
+        """
         return tuple(dict.fromkeys(Window(0, self.num_neurons(k, ranking)) for k in ks))
 
     def sweep(
         self, experiment: str, prompts: str, rankings: dict[str, Ranking], judges: dict[str, Judge], config: SweepConfig
     ) -> SweepResult:
-        """Run a sweep over a prompt set of the config. Raise if a completion or a score fails.
+        """Run a sweep over a prompt set of the config.
 
-        experiment: Separates its completions in the store from those of other sweeps of the same prompts.
+        Args:
+            experiment: Separates its completions in the store from those of other sweeps of the same prompts.
+            prompts: Name of the set.
+            rankings: Rankings by name.
+            judges: Judges by name.
+            config: The grid.
+
+        Raises:
+            SnpatchError: A completion or a score fails, or the grid is invalid.
         """
         for model in config.models:
             self.model(model)
@@ -205,7 +283,16 @@ class ExperimentContext:
         return result
 
     def run_sweep(self, spec: SweepSpec, store: Store, max_restarts: int = MAX_RESTARTS) -> SweepResult:
-        """Run the sweep of a file. Its result lists what failed."""
+        """Run the sweep of a file. Its result lists failures.
+
+        Args:
+            spec: The sweep file.
+            store: Store of completions and scores.
+            max_restarts: Maximum number of restarts after engine crashes.
+
+        Raises:
+            SnpatchError: The sweep is invalid, or a judge can score nothing.
+        """
         judges, sets, rankings = self._open_sweep(spec)
         with self.progress("sweep") as progress:
             return sweep(
@@ -216,9 +303,19 @@ class ExperimentContext:
     def write_shard(
         self, spec: SweepSpec, store: Store, shard: int, num_shards: int, max_restarts: int = MAX_RESTARTS
     ) -> int:
-        """Generate and judge one shard (counted from 1) of a sweep, and return its number of completions.
+        """Generate and judge one shard of a sweep.
 
         A shard has every `num_shards`-th completion, so that each has some of those that share a prompt's prefix.
+
+        Args:
+            spec: The sweep file.
+            store: Store of the shard.
+            shard: Number of the shard, counted from 1.
+            num_shards: Number of shards.
+            max_restarts: Maximum number of restarts after engine crashes.
+
+        Returns:
+            Number of completions of the shard.
         """
         judges, sets, rankings = self._open_sweep(spec)
         plan = plan_sweep(self.engine, sets, rankings, spec.sweep)
@@ -232,7 +329,14 @@ class ExperimentContext:
         return len(shard_keys)
 
     def sweep_rankings(self, spec: SweepSpec) -> dict[str, Ranking]:
-        """Return the rankings of a sweep file, by name."""
+        """Return the rankings of a sweep file, by name.
+
+        Args:
+            spec: The sweep file.
+
+        Raises:
+            SnpatchError: A ranking cannot be loaded or computed.
+        """
         for model in spec.sweep.models:
             self.model(model)
         return {name: self._sweep_ranking(name, source) for name, source in spec.rankings.items()}
@@ -243,6 +347,12 @@ class ExperimentContext:
         """Return the perplexity of each patched or unpatched model on a text of the config.
 
         See `measure_perplexity`.
+
+        Args:
+            text: Name of a set of running text.
+            patches: Patches, and names of models to run unpatched.
+            window: Tokens per window.
+            bos_each_window: Whether each window begins with BOS.
         """
         content = self.data(text).text
         for patch in patches:

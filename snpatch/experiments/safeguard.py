@@ -66,11 +66,13 @@ def run(context: ExperimentContext, settings: SafeguardSettings) -> Report:
             notes.append(f"{name}: left out {num_dropped} prompts that repeat or are in {train}.")
         refused = guard.predict(context.engine, prompts) > guard.threshold
         with context.progress(f"completions of {name}") as progress, Store(context.out) as store:
-            written = generation.generate_completions(
+            records_by_model = generation.generate_completions(
                 context.engine, prompts, [model, donor], context.sampling, store=store, progress=progress
             )
-            judging.judge_all([record for model_records in written for record in model_records], context.cost, store)
-        for model_name, model_records in zip((model, donor), written, strict=True):
+            judging.judge_all(
+                [record for model_records in records_by_model for record in model_records], context.cost, store
+            )
+        for model_name, model_records in zip((model, donor), records_by_model, strict=True):
             judging.check_scored(model_records)
             costs = np.array([record["scores"][context.config.cost] for record in model_records])
             rows.append(_compare_costs(name, model_name, costs, refused, settings))

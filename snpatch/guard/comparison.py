@@ -200,10 +200,12 @@ def _find_unseen(encoded: dict[str, list], train: list[str]) -> tuple[dict[str, 
     """
     unseen, notes = {}, []
     for source in train:
-        seen = set(encoded[source])
+        training_prompts = set(encoded[source])
         unseen[source] = {}
         for target, prompts in encoded.items():
-            indices = np.array([i for i, ids in enumerate(prompts) if target == source or ids not in seen], dtype=int)
+            indices = np.array(
+                [i for i, ids in enumerate(prompts) if target == source or ids not in training_prompts], dtype=int
+            )
             if len(indices) < len(prompts):
                 notes.append(f"{target}: {len(prompts) - len(indices)} prompts are also in {source} and left out")
             if len(indices):

@@ -30,7 +30,7 @@ class GuardConfig:
     folds: int = option(5, "Number of cross-validation folds.", min=2)
     seed: int = 0
     max_iter: int = field(default=1000, metadata={"min": 1})
-    threshold: float = option(0.5, "Refuse prompts whose predicted probability of harm is higher.", above=0, below=1)
+    threshold: float = option(0.5, "Probability of harm above which a prompt is refused.", above=0, below=1)
     refusal: str = option("I cannot help with that.", "Completion of refused prompts.")
 
     def __post_init__(self) -> None:

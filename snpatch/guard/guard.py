@@ -110,6 +110,9 @@ class Guard:
             config: Settings of the fit and of the decisions.
             meta: JSON data to store in the file.
 
+        Returns:
+            The guard.
+
         Raises:
             SnpatchError: Wrong shapes, NaN, too few prompts of a class, or a fit that does not converge.
         """
@@ -139,26 +142,54 @@ class Guard:
 
     @property
     def k(self) -> int:
-        """Number of neurons that the guard reads."""
+        """Return the number of neurons that the guard reads."""
         return len(self.neurons)
 
     @cached_property
     def ranking(self) -> Ranking:
-        """Ranking of the guard's neurons alone, in the order of the features."""
+        """Return a ranking of the guard's neurons alone, in the order of the features."""
         return Ranking.from_order(self.neurons, self.shape)
 
     def probability(self, features: ArrayLike | Tensor) -> np.ndarray:
-        """Predict the probability of harm, [prompts] float64, from features [prompts, k]."""
+        """Predict the probability of harm from captured activations.
+
+        Args:
+            features: [prompts, k], see `fit`.
+
+        Returns:
+            [prompts] float64.
+
+        Raises:
+            SnpatchError: Wrong shapes or NaN.
+        """
         x = fitting.validate_features(features, self.k)
         # Row sums instead of a matrix product, so that a prompt's bits do not depend on the batch size.
         return expit(((x - self.mean) / self.scale * self.coefficients).sum(axis=1) + self.intercept)
 
     def is_harmful(self, features: ArrayLike | Tensor) -> np.ndarray:
-        """Decide which prompts to refuse, [prompts] bool, from features [prompts, k]."""
+        """Decide which prompts to refuse, from captured activations.
+
+        Args:
+            features: [prompts, k], see `fit`.
+
+        Returns:
+            [prompts] bool, True = refuse.
+
+        Raises:
+            SnpatchError: Wrong shapes or NaN.
+        """
         return self.probability(features) > self.threshold
 
     def predict(self, engine: Engine, prompts: Sequence[Prompt], progress: Progress | bool | None = None) -> np.ndarray:
-        """Predict the probability of harm of prompts, [prompts] float64. Each costs one prefill in `model`.
+        """Predict the probability of harm of prompts. Each costs one prefill in `model`.
+
+        Args:
+            engine: Engine that has the guard's model.
+            prompts: Strings, chats or lists of token ids.
+            progress: See Engine.generate.
+
+        Returns:
+            [prompts] float64.
 
         Raises:
             SnpatchError: The engine's `model` differs from the one that the guard was fitted on.
@@ -167,7 +198,14 @@ class Guard:
         return self.probability(engine.capture(prompts, self.model, self.ranking, self.k, progress=progress))
 
     def check_engine(self, engine: BaseEngine) -> None:
-        """Raise SnpatchError if the engine's `model` differs from the one that the guard was fitted on."""
+        """Check that the engine's `model` is the one that the guard was fitted on.
+
+        Args:
+            engine: The engine.
+
+        Raises:
+            SnpatchError: It differs, or the engine has no such model.
+        """
         fingerprint = engine.fingerprint(self.model)
         if fingerprint != self.fingerprint:
             raise SnpatchError(
@@ -176,7 +214,11 @@ class Guard:
             )
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with JSON metadata, atomically."""
+        """Write a safetensors file with JSON metadata, atomically.
+
+        Args:
+            path: The file.
+        """
         tensors = {name: torch.from_numpy(getattr(self, name)) for name in VECTORS}
         tensors |= {"neurons": self.neurons, "intercept": torch.tensor(self.intercept, dtype=torch.float64)}
         meta = {f.name: getattr(self, f.name) for f in fields(_Metadata)}
@@ -184,7 +226,14 @@ class Guard:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file that `save` wrote. The guard's probabilities are bit-identical."""
+        """Read a file that `save` wrote. The guard's probabilities are bit-identical.
+
+        Args:
+            path: The file.
+
+        Raises:
+            SnpatchError: The file is damaged or contains no guard.
+        """
         tensors, meta = read_tensors(path, kind="guard")
         _check_tensors(path, tensors)
         metadata = schema.from_dict(_Metadata, str(path), meta)

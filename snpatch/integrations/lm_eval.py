@@ -246,10 +246,10 @@ def _pop_models(args: dict) -> tuple[dict, dict]:
     """
     kinds = []
     for kind in ("adapters", "checkpoint", "lora"):
-        named = args.pop(kind, {})
-        if not isinstance(named, dict):
-            named = parse_adapters(str(named).split(";"), "+", f"model_args: {kind}", "name=folder+folder;...")
-        kinds.append({name: [folders] if isinstance(folders, str) else folders for name, folders in named.items()})
+        sources = args.pop(kind, {})
+        if not isinstance(sources, dict):
+            sources = parse_adapters(str(sources).split(";"), "+", f"model_args: {kind}", "name=folder+folder;...")
+        kinds.append({name: [folders] if isinstance(folders, str) else folders for name, folders in sources.items()})
     return group_models(*kinds)
 
 

@@ -38,7 +38,8 @@ def open_judge(spec: str, **arguments) -> Judge:
 
         return ScoreModel(spec, **arguments)
     if arguments:
-        raise SnpatchError(f"judge {spec}: {', '.join(sorted(arguments))} is for a model")
+        names = ", ".join(sorted(arguments))
+        raise SnpatchError(f"judge {spec}: expected no {names}, which only model judges accept")
     return RefusalWords() if spec == REFUSAL_JUDGE else _import_function(spec, *spec.split(":"))
 
 
@@ -56,7 +57,7 @@ def _import_function(spec: str, module: str, name: str) -> Judge:
     try:
         judge = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise SnpatchError(f"judge {spec}: cannot be imported: {error} (is it on PYTHONPATH?)") from error
+        raise SnpatchError(f"judge {spec}: cannot import it: {error}. Add its folder to PYTHONPATH.") from error
     if not callable(judge):
         raise SnpatchError(f"judge {spec}: expected a callable (prompts, completions) -> scores, got {judge!r}")
     return cast(Judge, judge)

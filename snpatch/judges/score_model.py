@@ -62,7 +62,7 @@ class ScoreModel:
     ) -> None:
         check_choice("dtype", dtype, DTYPES)
         if batch_size is not None and batch_size < 1:
-            raise SnpatchError(f"batch_size must be at least 1, got {batch_size}")
+            raise SnpatchError(f"batch_size: expected at least 1, got {batch_size}")
         _check_spelling(model)
         config = load_config(model, allow_untested=True)
         is_beaver = is_beavertails(config)
@@ -92,12 +92,19 @@ class ScoreModel:
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
         """Return the score of each completion, in order.
 
+        Args:
+            prompts: Prompts, as strings.
+            completions: Completions, one per prompt.
+
+        Returns:
+            One score per completion.
+
         Raises:
             SnpatchError: Prompts and completions differ in number, or a text is longer than `context` tokens.
         """
         check_pairs(prompts, completions)
         if self._scorer is None:
-            raise SnpatchError("this judge is closed")
+            raise SnpatchError("judge: expected an open judge, got a closed one")
         rows = [
             self._trim_padding(*pair) for pair in zip(prompts, self._format.encode(prompts, completions), strict=True)
         ]
@@ -160,8 +167,7 @@ def _check_spelling(model: str | Path) -> None:
     folders = [config.parent.name for config in path.parent.glob("*/config.json")]
     if near := nearest(path.name, folders):
         raise SnpatchError(
-            f"judge {model}: no such folder here, and a similar one is: {path.with_name(near[0])}. Give that path, or "
-            f"{model}@main for the model on the hub."
+            f"judge {model}: no such folder. Did you mean {path.with_name(near[0])}? For the hub use {model}@main."
         )
 
 
@@ -173,7 +179,7 @@ def _find_label(model: str | Path, names: list[str], label: str | int | None) ->
         return names.index(label)
     if isinstance(label, int) and 0 <= label < len(names):
         return label
-    raise SnpatchError(f"judge {model}: label must be one of {', '.join(names)} or an index, got {label!r}")
+    raise SnpatchError(f"judge {model}: label: expected one of {', '.join(names)} or an index, got {label!r}")
 
 
 def _max_tokens(config, tokenizer) -> int:

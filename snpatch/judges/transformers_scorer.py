@@ -51,7 +51,7 @@ class BeavertailsScorer:
         padding_side: str = "right",
     ) -> None:
         if padding_side not in ("right", "left"):
-            raise SnpatchError(f"padding_side must be right or left, got {padding_side!r}")
+            raise SnpatchError(f"padding_side: expected right or left, got {padding_side!r}")
         self._device, self._batch_size, self._side = pick_device(device), batch_size, padding_side
         self._checkpoint = read_score_checkpoint(resolve_model_folder(model), config, dtype, self._device)
         with torch.device("meta"):
@@ -136,7 +136,7 @@ def get_pad_token_id(config) -> int | None:
     text = config.get_text_config()
     padding = text.pad_token_id
     if padding is not None and padding >= text.vocab_size:
-        raise SnpatchError(f"config: pad_token_id {padding} must be one of the {text.vocab_size} tokens")
+        raise SnpatchError(f"config: pad_token_id: expected 0..{text.vocab_size - 1}, got {padding}")
     return None if padding is None or padding < 0 else padding
 
 

@@ -97,7 +97,7 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> IA3Scal
         raise SnpatchError(f"{folder}: unknown tensor {unknown[0]}")
     modules = [match["module"] for match in matches.values()]
     scales_input = match_modules(folder, "feedforward_modules", feedforward, modules)
-    seen, vectors = set(), IA3Scales.ones(n_layers, widths).vectors
+    loaded, vectors = set(), IA3Scales.ones(n_layers, widths).vectors
     for key, match in matches.items():
         layer, name = int(match["layer"]), match["path"].rsplit(".", 1)[-1]
         if MODULES.get(name) != match["path"] or name not in widths:
@@ -117,13 +117,13 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> IA3Scal
         shape = [1, widths[name]] if is_input else [widths[name], 1]
         tensor = check_tensor(tensors[key], f"{folder}: {key}", *FLOATS, used=torch.float32)
         if list(tensor.shape) != shape:
-            raise SnpatchError(f"{folder}: {key} must be {shape} for this model, got {list(tensor.shape)}")
-        if (layer, name) in seen:
+            raise SnpatchError(f"{folder}: {key}: expected {shape} for this model, got {list(tensor.shape)}")
+        if (layer, name) in loaded:
             raise SnpatchError(f"{folder}: {key} names layer {layer}'s {name} a second time")
-        seen.add((layer, name))
+        loaded.add((layer, name))
         vectors[name][layer] = tensor.flatten()
-    missing = sorted(expected - seen)
-    if missing or not seen:
+    missing = sorted(expected - loaded)
+    if missing or not loaded:
         what = f"layer {missing[0][0]}'s {missing[0][1]}" if missing else "any IA3 vector"
         raise SnpatchError(f"{folder}: no tensor for {what}: the file is incomplete or for another model")
     return IA3Scales(vectors)

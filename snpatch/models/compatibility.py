@@ -68,31 +68,32 @@ def check_compatible(model: str | Path, second: str | Path, tokenizer, other_tok
     Raises:
         SnpatchError: Architectures, configs or tokenizers differ; the error names the first difference.
     """
-    own, other = (load_pretrained(AutoConfig, name) for name in (model, second))
-    if own.model_type != other.model_type:
+    config, second_config = (load_pretrained(AutoConfig, name) for name in (model, second))
+    if config.model_type != second_config.model_type:
         raise SnpatchError(
-            f"{second} is a {other.model_type} and {model} a {own.model_type}: two models of one engine have one "
-            "architecture; run each in an engine of its own"
+            f"{second}: expected architecture {config.model_type} as {model}, got {second_config.model_type}. Run each "
+            "model in its own engine."
         )
-    context = min(own.max_position_embeddings, other.max_position_embeddings)
-    own_keys, other_keys = get_used_config(own, context), get_used_config(other, context)
-    for key in sorted(own_keys.keys() | other_keys.keys()):
-        own_value, other_value = own_keys.get(key), other_keys.get(key)
-        if own_value != other_value:
+    context = min(config.max_position_embeddings, second_config.max_position_embeddings)
+    keys, second_keys = get_used_config(config, context), get_used_config(second_config, context)
+    for key in sorted(keys.keys() | second_keys.keys()):
+        value, second_value = keys.get(key), second_keys.get(key)
+        if value != second_value:
             raise SnpatchError(
-                f"{second}: its config has {key} = {shown(other_value)}, and {model} has {shown(own_value)}: the two "
-                "models of an engine must be of one shape; run each in an engine of its own"
+                f"{second}: expected {key} = {shown(value)} as in the config of {model}, got {shown(second_value)}. "
+                "Run each model in its own engine."
             )
-    own_values, other_values = own.to_dict(), other.to_dict()
+    values, second_values = config.to_dict(), second_config.to_dict()
     unused = sorted(
-        key for key in _unused_keys(own) | _unused_keys(other) if own_values.get(key) != other_values.get(key)
+        key for key in _unused_keys(config) | _unused_keys(second_config) if values.get(key) != second_values.get(key)
     )
     if unused:
         notes.add(
             f"config {second}",
-            f"{model} and {second} differ in keys that a {own.model_type} does not compute with: {', '.join(unused)}",
+            f"{model} and {second} differ in keys that a {config.model_type} does not compute with: "
+            f"{', '.join(unused)}",
         )
-    sizes = own.vocab_size, other.vocab_size
+    sizes = config.vocab_size, second_config.vocab_size
     check_tokenizers(tokenizer, other_tokenizer, str(model), str(second), sizes, notes)
 
 
@@ -112,7 +113,7 @@ def get_used_config(config, context: int) -> dict[str, object]:
     is_windowed = window is not None and window < context and (layers is None or "sliding_attention" in layers)
     used["sliding_window"] = window if is_windowed else None
     rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = {kind: _used_rope(one) for kind, one in rope.items() if isinstance(one, dict)}
+    by_layer = {kind: _used_rope(parameters) for kind, parameters in rope.items() if isinstance(parameters, dict)}
     used["rope_parameters"] = by_layer or _used_rope(rope)
     if layers is not None:
         windows = {kind: (used["sliding_window"] if kind == "sliding_attention" else None) for kind in layers}
@@ -166,11 +167,11 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def check_tokenizers(own, other, model: str, second: str, sizes: tuple[int, int], notes: Notes) -> None:
+def check_tokenizers(first, other, model: str, second: str, sizes: tuple[int, int], notes: Notes) -> None:
     """Check that each id that two tokenizers share means the same token, and that both split texts alike.
 
     Args:
-        own: First tokenizer.
+        first: First tokenizer.
         other: Second tokenizer.
         model: Name of the first tokenizer's model, for errors.
         second: Name of the second tokenizer's model, for errors.
@@ -181,32 +182,32 @@ def check_tokenizers(own, other, model: str, second: str, sizes: tuple[int, int]
     Raises:
         SnpatchError: The tokenizers differ; the error names the first difference.
     """
-    own_ids, other_ids = own.get_vocab(), other.get_vocab()
-    if own_ids != other_ids:
-        moved = [t for t in own_ids.keys() & other_ids.keys() if own_ids[t] != other_ids[t]]
-        if moved:
-            token = min(moved, key=lambda t: (own_ids[t], t))
-            raise _difference(model, second, f"the token {token!r}", own_ids[token], other_ids[token])
-        tokens = [{index: token for token, index in vocab.items()} for vocab in (own_ids, other_ids)]
+    first_ids, other_ids = first.get_vocab(), other.get_vocab()
+    if first_ids != other_ids:
+        moved_tokens = [t for t in first_ids.keys() & other_ids.keys() if first_ids[t] != other_ids[t]]
+        if moved_tokens:
+            token = min(moved_tokens, key=lambda t: (first_ids[t], t))
+            raise _difference(model, second, f"the token {token!r}", first_ids[token], other_ids[token])
+        tokens = [{index: token for token, index in vocab.items()} for vocab in (first_ids, other_ids)]
         renamed = [i for i in tokens[0].keys() & tokens[1].keys() if tokens[0][i] != tokens[1][i]]
         if renamed:
             index = min(renamed)
             raise _difference(model, second, f"the token of id {index}", *(repr(table[index]) for table in tokens))
         for tokenizer, size, names, ids in (
-            (own, sizes[1], (model, second), tokens[0].keys() - tokens[1].keys()),
+            (first, sizes[1], (model, second), tokens[0].keys() - tokens[1].keys()),
             (other, sizes[0], (second, model), tokens[1].keys() - tokens[0].keys()),
         ):
             _check_unshared_ids(tokenizer, size, *names, ids, notes)
-    tokenizers = own, other
+    tokenizers = first, other
     if any(getattr(tokenizer, "backend_tokenizer", None) is None for tokenizer in tokenizers):
         return  # of a slow tokenizer only the tokens can be compared
     parts = [json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in tokenizers]
     for part in COMPARED_PARTS:
         if parts[0].get(part) != parts[1].get(part):
             raise _difference(model, second, f"the {part}", *(_shorten(tokenizer.get(part)) for tokenizer in parts))
-    models, shared = [tokenizer["model"] for tokenizer in parts], own_ids.keys() & other_ids.keys()
+    models, shared = [tokenizer["model"] for tokenizer in parts], first_ids.keys() & other_ids.keys()
     for key in sorted(models[0].keys() | models[1].keys()):
-        values = [_restrict_to_shared(one.get(key), key, shared) for one in models]
+        values = [_restrict_to_shared(table.get(key), key, shared) for table in models]
         if values[0] != values[1]:
             raise _difference(model, second, f"the {key} of its model", *map(_shorten, values))
     added = [{t["content"]: t for t in tokenizer["added_tokens"]} for tokenizer in parts]
@@ -233,12 +234,12 @@ def _check_unshared_ids(tokenizer, size: int, name: str, other: str, ids: set[in
     token = tokenizer.convert_ids_to_tokens(first)
     if beyond:
         raise SnpatchError(
-            f"the tokenizer of {name} has the token {token!r} ({first}), and the embedding of {other} has {size} rows: "
-            "both models of an engine read the same ids; run each in an engine of its own"
+            f"{name}: expected token ids below {size}, the rows of {other}'s embedding, got {token!r} ({first}). Run "
+            "each model in its own engine."
         )
     notes.add(
         f"tokens {name} {other}",
-        f"the tokenizer of {name} has {len(ids)} tokens that the one of {other} has not, as {token!r} ({first})",
+        f"the tokenizer of {name} has {len(ids)} tokens that {other}'s tokenizer lacks, such as {token!r} ({first})",
     )
 
 
@@ -252,10 +253,10 @@ def _restrict_to_shared(value, key: str, shared: set[str]) -> object:
     return value
 
 
-def _difference(model: str, second: str, what: str, own: object, other: object) -> SnpatchError:
+def _difference(model: str, second: str, what: str, first: object, other: object) -> SnpatchError:
     return SnpatchError(
-        f"the tokenizers of {model} and {second} differ in {what}: {own} and {other}; both models of an engine must "
-        "read the same ids"
+        f"tokenizers: expected the same ids in both models of an engine, got a difference between {model} and {second} "
+        f"in {what}: {first} and {other}. Run each model in its own engine."
     )
 
 

@@ -12,7 +12,7 @@ from snpatch.errors import SnpatchError
 from snpatch.models.adapters import IA3Scales, load_adapters
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint
 from snpatch.models.hub import get_revision
-from snpatch.models.lora import load_lora
+from snpatch.models.lora import MERGE_WITH_PEFT, load_lora
 from snpatch.models.model import Model, Weights
 from snpatch.models.notes import Notes
 from snpatch.models.pretrained import load_pretrained
@@ -113,11 +113,11 @@ class LoadedModels:
             return
         name = "an adapter added later"
         config = replace(self._config, adapters={**self._config.adapters, name: source.adapters})
-        needed, own = load_text_processors(config, self.notes)[0], self.text_processors[0]
-        if (needed.template.fingerprint, needed.eos_ids) != (own.template.fingerprint, own.eos_ids):
+        late, current = load_text_processors(config, self.notes)[0], self.text_processors[0]
+        if (late.template.fingerprint, late.eos_ids) != (current.template.fingerprint, current.eos_ids):
             raise SnpatchError(
-                f"{', '.join(source.adapters)}: its template, tokenizer or EOS is not what this engine of "
-                f"{self._config.model} reads by: give the adapter when the engine starts"
+                f"{', '.join(source.adapters)}: expected the engine's template, tokenizer and EOS (of "
+                f"{self._config.model}), got others. Pass the adapter when the engine starts."
             )
 
     def fingerprint(self, model: Model) -> str:
@@ -131,8 +131,7 @@ class LoadedModels:
         config = load_pretrained(AutoConfig, require(self._config.secondary).checkpoint or self._config.model)
         if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} & lora.updates.keys():
             raise SnpatchError(
-                f"{folder}: it has a LoRA on the head of a model whose head is its embedding: merge this adapter with "
-                "PEFT (merge_and_unload) and give the checkpoint"
+                f"{folder}: expected no LoRA on the head, which is tied to the embedding, got one. {MERGE_WITH_PEFT}"
             )
         if lora.is_zero:
             self._note_no_effect(folder, "all of its updates are 0")

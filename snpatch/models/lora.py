@@ -31,6 +31,7 @@ from snpatch.utils.tensors import FLOATS, check_tensor, is_finite
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # PEFT saves a copy of the embeddings together with a LoRA on lm_head, or if their sizes were changed.
 _COPY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?(?:lm_head|embed_tokens))(?:\.base_layer)?\.weight")
+MERGE_WITH_PEFT = "Merge the adapter with PEFT (merge_and_unload) and pass the checkpoint."
 # Fields that are read here, and fields that mean nothing once an adapter is trained.
 LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters",
                *TARGET_FIELDS, "lora_dropout", "eva_config", "runtime_config", "megatron_core", "qalora_group_size",
@@ -140,10 +141,7 @@ def _merge_weight(loras: Sequence[Lora], unused: Sequence[set[str]], name: str, 
     for lora, names in zip(loras, unused, strict=True):
         names.discard(name)
         if name in lora.copies and not _is_copy(lora.copies[name], weight):
-            raise SnpatchError(
-                f"{lora.folder}: it brings a {name} of its own, which is not the model's: merge this adapter with PEFT "
-                "(merge_and_unload) and give the checkpoint"
-            )
+            raise SnpatchError(f"{lora.folder}: expected {name} as in the model, got other weights. {MERGE_WITH_PEFT}")
         if name not in lora.updates:
             continue
         a, b, scale = lora.updates[name]

@@ -80,7 +80,7 @@ def read_module_names(folder: Path, config: Mapping, field: str) -> str | list[s
     value = config.get(field) or []
     if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
         raise SnpatchError(
-            f"{folder / ADAPTER_CONFIG_FILE}: {field}: expected a text or a list of texts, got {shown(value)}"
+            f"{folder / ADAPTER_CONFIG_FILE}: {field}: expected a string or a list of strings, got {shown(value)}"
         )
     return value
 

@@ -103,7 +103,7 @@ class ChatTemplate:
 
     @cached_property
     def _marks(self) -> set[str]:
-        """Return the marks of common templates and the tokenizer's special tokens.
+        """Return the marks of common templates, and the tokenizer's special tokens.
 
         Special tokens that are ordinary words are left out.
         """
@@ -113,8 +113,8 @@ class ChatTemplate:
 
 def get_appended_token(tokenizer) -> str | None:
     """Return the token that a tokenizer appends to every string, such as EOS; None if it appends none."""
-    whole, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
-    return tokenizer.convert_ids_to_tokens(whole[-1]) if bare and whole[-len(bare) :] != bare else None
+    with_special, bare = (list(tokenizer("a", add_special_tokens=added)["input_ids"]) for added in (True, False))
+    return tokenizer.convert_ids_to_tokens(with_special[-1]) if bare and with_special[-len(bare) :] != bare else None
 
 
 def get_template_source(tokenizer) -> str:
@@ -160,12 +160,14 @@ def render_tulu(chat: Chat, tokenizer, continue_final_message: bool = False) -> 
     """
     for message in chat:
         if message.get("role") not in ROLES:
-            raise SnpatchError(f"the Tulu template knows {', '.join(ROLES)}, got {message.get('role')!r}")
+            expected = f"one of {', '.join(ROLES)} for the Tulu template"
+            raise SnpatchError(f"chat: role: expected {expected}, got {message.get('role')!r}")
         if not isinstance(message.get("content"), str):
-            raise SnpatchError(f"the Tulu template wants a text in each message, got {message.get('content')!r}")
+            content = message.get("content")
+            raise SnpatchError(f"chat: content: expected a string for the Tulu template, got {content!r}")
     finished, last = (chat[:-1], chat[-1]["content"]) if continue_final_message else (chat, "")
     if not tokenizer.eos_token and any(message["role"] == "assistant" for message in finished):
-        raise SnpatchError("the Tulu template ends an assistant's text with EOS, and the tokenizer has none")
+        raise SnpatchError("chat: expected a tokenizer with EOS for the Tulu template, got one without")
     if not finished:
         return ASSISTANT + last
     text = tokenizer.apply_chat_template(

@@ -91,11 +91,14 @@ def _note_tokens_without_row(name: str, size: int, processor: TextProcessor, not
         index, token = beyond[0]
         notes.add(
             f"vocabulary {name}",
-            f"{name}: its tokenizer has {len(beyond)} tokens that the model of {size} has no row for, as {token!r} "
-            f"({index}); texts that hold one are refused",
+            f"{name}: its tokenizer has {len(beyond)} tokens outside the vocabulary of {size}, such as {token!r} "
+            f"({index}); prompts that contain one are refused",
         )
-    if lost := sorted(eos_id for eos_id in processor.eos_ids if not 0 <= eos_id < size):
-        notes.add(f"ends {name}", f"{name}: EOS {lost[0]} is no token of a model of {size}: it never comes")
+    if outside := sorted(eos_id for eos_id in processor.eos_ids if not 0 <= eos_id < size):
+        notes.add(
+            f"ends {name}",
+            f"{name}: EOS id {outside[0]} is outside the vocabulary of {size}, so it never ends a completion",
+        )
 
 
 def _get_adapter_folders(config: EngineConfig, index: int) -> list[str]:

@@ -50,12 +50,24 @@ class Constant:
 
     @classmethod
     def zero(cls, ranking: Ranking) -> "Constant":
-        """Return zeros, for zero ablation."""
+        """Return zeros, for zero ablation.
+
+        Args:
+            ranking: Ranking of the model; its shape is the constant's.
+        """
         return cls(torch.zeros(ranking.shape))
 
     @classmethod
     def mean(cls, ranking: Ranking, of: str = "recipient") -> "Constant":
-        """Return the mean activations of the "recipient" or "donor" of a contrast, for mean ablation."""
+        """Return the mean activations of a model of a contrast, for mean ablation.
+
+        Args:
+            ranking: Ranking of `Engine.contrast`, with moments.
+            of: "recipient" or "donor".
+
+        Raises:
+            SnpatchError: The ranking has no such mean.
+        """
         return cls(_moment(ranking, f"{of}_mean"))
 
     @cached_property
@@ -69,16 +81,27 @@ class Constant:
         return float(self.values.abs().max())
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file atomically."""
+        """Write a safetensors file atomically.
+
+        Args:
+            path: The file.
+        """
         write_tensors(path, {"values": self.values.float()}, kind="constant", meta={"mode": self.mode})
 
     @classmethod
     def load(cls, path: str | Path) -> "Constant":
-        """Read a file that `save` wrote."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: The file.
+
+        Raises:
+            SnpatchError: The file is damaged or contains no constant.
+        """
         tensors, meta = read_tensors(path, kind="constant")
         if {*tensors} != {"values"}:
-            found = ", ".join(sorted(tensors)) or "nothing"
-            raise SnpatchError(f"{path}: not a constant: expected values, got {found}")
+            names = ", ".join(sorted(tensors)) or "nothing"
+            raise SnpatchError(f"{path}: not a constant: expected values, got {names}")
         check_tensor(tensors["values"], f"{path}: values", torch.float32)
         return cls(tensors["values"], meta.get("mode", "replace"))
 
@@ -98,13 +121,23 @@ class Noise:
     def __post_init__(self) -> None:
         _check_values(self.deviation, "noise")
         if (self.deviation < 0).any():
-            raise SnpatchError("noise: a standard deviation must not be negative")
+            raise SnpatchError(f"noise: deviation: expected at least 0, got {self.deviation.min().item():.6g}")
         if not 0 <= self.seed < 2**31:
-            raise SnpatchError(f"noise: seed must lie in 0..2^31-1, got {self.seed}")
+            raise SnpatchError(f"noise: seed: expected 0..2^31-1, got {self.seed}")
 
     @classmethod
     def of_std(cls, ranking: Ranking, n: float = 3.0, of: str = "recipient", seed: int = 0) -> "Noise":
-        """Return noise of n standard deviations of the "recipient" or "donor" of a contrast."""
+        """Return noise in proportion to a model's standard deviations in a contrast.
+
+        Args:
+            ranking: Ranking of `Engine.contrast`, with moments.
+            n: Number of standard deviations.
+            of: "recipient" or "donor".
+            seed: Seed of the noise.
+
+        Raises:
+            SnpatchError: The ranking has no such standard deviations, or the seed is invalid.
+        """
         return cls(_moment(ranking, f"{of}_std") * n, seed)
 
     @cached_property
@@ -163,8 +196,8 @@ class Intervention:
         if not isinstance(self.donor, str | Source):
             message = f"donor: expected a model's name, a Constant, Noise or Scale, got {shown(self.donor)}{ORDER}"
             raise SnpatchError(message, field="donor")
-        if isinstance(self.donor, str) and (word := self.donor.partition(":")[0]) in SOURCES:
-            message = f"donor {self.donor!r}: {word} is no model's name; in Python give a Constant, Noise or Scale"
+        if isinstance(self.donor, str) and self.donor.partition(":")[0] in SOURCES:
+            message = f"donor: expected a model's name, a Constant, Noise or Scale, got {self.donor!r}, a reserved word"
             raise SnpatchError(message, field="donor")
         object.__setattr__(self, "window", Window.of(self.window))
         if self.window.hi > len(self.ranking):
@@ -174,7 +207,7 @@ class Intervention:
             )
         is_index = isinstance(self.positions, int) and abs(self.positions) < NO_END
         if not is_index and self.positions not in POSITIONS:
-            message = f"positions must be one of {', '.join(POSITIONS)} or an index, got {self.positions!r}"
+            message = f"positions: expected one of {', '.join(POSITIONS)} or an index, got {self.positions!r}"
             raise SnpatchError(message, field="positions")
         _check_factor(self.strength, "strength", field="strength")
         object.__setattr__(self, "strength", float(self.strength))  # 1 and 1.0 have the same content
@@ -267,18 +300,19 @@ class Patch:
                 raise SnpatchError(message, field="interventions")
         object.__setattr__(self, "recipient", recipient)
         object.__setattr__(self, "interventions", tuple(interventions))
-        donors = dict.fromkeys(one.donor for one in self.interventions if isinstance(one.donor, str))
+        donors = dict.fromkeys(part.donor for part in self.interventions if isinstance(part.donor, str))
         if len(donors) > 1:
-            message = f"patch: its interventions name {len(donors)} donor models ({', '.join(donors)}): one can run"
+            message = f"patch: interventions: expected at most one donor model, got {', '.join(donors)}"
             raise SnpatchError(message, field="interventions")
-        shapes = {one.ranking.shape for one in self.interventions}
+        shapes = {intervention.ranking.shape for intervention in self.interventions}
         if len(shapes) > 1:
-            message = f"patch: its rankings are of different models: {', '.join(map(str, sorted(shapes)))}"
+            listed = ", ".join(map(str, sorted(shapes)))
+            message = f"patch: interventions: expected rankings of one model, got the shapes {listed}"
             raise SnpatchError(message, field="interventions")
 
     @property
     def donor(self) -> str | Source:
-        """Donor of the first intervention; likewise `ranking`, `window`, `positions` and `strength`."""
+        """Return the first intervention's donor; likewise `ranking`, `window`, ..."""
         return self.interventions[0].donor
 
     @property
@@ -303,7 +337,7 @@ class Patch:
 
     def content(self, name_of: Callable[[str], str]) -> dict:
         """Return the patch as JSON data. name_of: maps a model's name to what identifies the model."""
-        interventions = [one.content(name_of) for one in self.interventions]
+        interventions = [intervention.content(name_of) for intervention in self.interventions]
         parts = interventions[0] if len(interventions) == 1 else {"interventions": interventions}
         return {"recipient": name_of(self.recipient), **parts}
 
@@ -312,7 +346,7 @@ class Patch:
 
         model_of: maps a name to its Model.
         """
-        return tuple(one.resolved(model_of, prompt_length) for one in self.interventions)
+        return tuple(intervention.resolved(model_of, prompt_length) for intervention in self.interventions)
 
 
 def recipient_name(patch: Patch | str) -> str:
@@ -371,7 +405,7 @@ def _moment(ranking: Ranking, name: str) -> Tensor:
 def _check_factor(factor, name: str, field: str | None = None) -> None:
     is_number = isinstance(factor, int | float) and not isinstance(factor, bool)
     if not is_number or not abs(factor) <= LARGEST_FACTOR:  # NaN is not, either
-        raise SnpatchError(f"{name} must be a finite number of float32, got {factor!r}", field=field)
+        raise SnpatchError(f"{name}: expected a finite number of float32, got {factor!r}", field=field)
 
 
 def _check_values(values: Tensor, name: str) -> None:

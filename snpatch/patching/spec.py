@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from snpatch.errors import SnpatchError, error_field
+from snpatch.errors import SnpatchError, error_field, unknown_name
 from snpatch.names import POSITIONS, SOURCES
 from snpatch.patching.patch import Constant, Intervention, Noise, Patch, Scale, Source
 from snpatch.ranking.ranking import Ranking
@@ -25,6 +25,10 @@ DONORS = (
     "it); `noise:N`, N standard deviations; or `scale:F`, the recipient's own times F."
 )
 RANKING, WINDOW = "Name of a ranking.", "k for its first k neurons, or [lo, hi]."
+STRENGTH = (
+    "Patch strength: 1 copies the donor's value, 0.5 averages recipient and donor, 2 doubles the difference, -1 "
+    "reverses it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,7 @@ class _CommonSchema:
     ranking: str | None = option(None, RANKING)
     window: int | tuple[int, int] | None = option(None, WINDOW)
     positions: str | int = option("all", f"{', '.join(POSITIONS)}, or the index to start from (-1: last prompt token).")
-    strength: float = option(1.0, "1: the donor's value, 0.5: half of each, 2: twice the difference, -1: its reverse.")
+    strength: float = option(1.0, STRENGTH)
     seed: int | None = option(None, "Seed of the noise. Default: 0.")
 
 
@@ -78,7 +82,7 @@ def from_text(
 ) -> Patch:
     """Return the patch that command-line options describe. ranking, shape: see Ranking.load."""
     if ranking is None or window is None:
-        raise SnpatchError("a donor needs a ranking and a window (k)")
+        raise SnpatchError("donor: expected a ranking and a window (k) with it")
     loaded = Ranking.load(ranking, shape)
     parsed = parse_donor(donor, loaded, seed), loaded, parse_window(window), parse_positions(positions)
     return Patch(recipient, *parsed, strength)
@@ -93,10 +97,10 @@ def parse_patch_table(text: str) -> dict:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise SnpatchError(f"patch {text!r}: no JSON: {error}") from error
+            raise SnpatchError(f"patch {text!r}: expected JSON: {error}") from error
     table = {}
     for part in text.split(","):
-        name, equals, value = (one.strip() for one in part.partition("="))
+        name, equals, value = (word.strip() for word in part.partition("="))
         name = "window" if name == "k" else name
         if not equals or name in table:
             raise SnpatchError(f"patch {text!r}: expected name=value,name=value, each name once, got {part!r}")
@@ -104,44 +108,45 @@ def parse_patch_table(text: str) -> dict:
     return table
 
 
-def from_json(data: object, named: PatchNamespace) -> Patch | str:
+def from_json(data: object, namespace: PatchNamespace) -> Patch | str:
     """Build a patch, or the name of a model to run unpatched, from JSON data. Every error has a `field`."""
-    return build_patch(schema.from_dict(PatchSchema, "patch", data), named)
+    return build_patch(schema.from_dict(PatchSchema, "patch", data), namespace)
 
 
-def build_patch(form: PatchSchema, named: PatchNamespace) -> Patch | str:
+def build_patch(form: PatchSchema, namespace: PatchNamespace) -> Patch | str:
     """Return the patch of a form, or the name of the model that runs unpatched."""
-    given = [name for name in REQUIRED if getattr(form, name) is not None]
-    given += [n for n in ("positions", "strength", "seed") if getattr(form, n) != getattr(InterventionSchema, n)]
+    set_fields = [name for name in REQUIRED if getattr(form, name) is not None]
+    set_fields += [n for n in ("positions", "strength", "seed") if getattr(form, n) != getattr(InterventionSchema, n)]
     if form.interventions:
-        if given:
-            message = f"patch: {given[0]}: expected in each of the interventions, got it next to them."
-            raise SnpatchError(message, field=given[0])
+        if set_fields:
+            message = f"patch: {set_fields[0]}: expected in each of the interventions, got it next to them."
+            raise SnpatchError(message, field=set_fields[0])
         interventions = []
         for index, part in enumerate(form.interventions):
             with error_field(f"interventions.{index}"):
-                interventions.append(_intervention(part, named))
+                interventions.append(_intervention(part, namespace))
         return Patch(form.recipient, interventions=interventions)
-    missing = [name for name in REQUIRED if name not in given]
+    missing = [name for name in REQUIRED if name not in set_fields]
     if len(missing) < len(REQUIRED):
         if missing:
             raise SnpatchError(f"patch: {', '.join(missing)} is missing", field=missing[0])
-        own = InterventionSchema(**{f.name: getattr(form, f.name) for f in fields(InterventionSchema)})
-        return Patch(form.recipient, interventions=[_intervention(own, named)])
-    if given:
-        raise SnpatchError(f"patch: {given[0]} needs a donor, a ranking and a window", field=given[0])
+        single = InterventionSchema(**{f.name: getattr(form, f.name) for f in fields(InterventionSchema)})
+        return Patch(form.recipient, interventions=[_intervention(single, namespace)])
+    if set_fields:
+        raise SnpatchError(
+            f"patch: {set_fields[0]}: expected a donor, a ranking and a window with it, got none", field=set_fields[0]
+        )
     return form.recipient
 
 
-def _intervention(form: InterventionSchema, named: PatchNamespace) -> Intervention:
-    if form.ranking not in named.rankings:
-        there = ", ".join(named.rankings) or "none"
-        raise SnpatchError(f"patch: no ranking named {form.ranking!r}: there are {there}", field="ranking")
-    ranking = named.rankings[form.ranking]
+def _intervention(form: InterventionSchema, namespace: PatchNamespace) -> Intervention:
+    if form.ranking not in namespace.rankings:
+        raise unknown_name("patch: ranking", form.ranking, namespace.rankings, field="ranking")
+    ranking = namespace.rankings[form.ranking]
     with error_field("window"):
         window = Window.of(form.window)
     with error_field("donor"):
-        donor = named.donor(form.donor, ranking, form.seed)
+        donor = namespace.donor(form.donor, ranking, form.seed)
     return Intervention(donor, ranking, window, form.positions, form.strength)
 
 
@@ -160,7 +165,7 @@ def parse_donor(
     if kind == "add" and argument:
         constant = parse_donor(argument, ranking, constants=constants)
         if not isinstance(constant, Constant):
-            raise SnpatchError(f"donor {text!r}: only mean:recipient, mean:donor and constants can be added")
+            raise SnpatchError(f"donor: expected mean:recipient, mean:donor or a constant after add:, got {text!r}")
         return replace(constant, mode="add")
     if kind == "scale" and argument:
         return Scale(parse_number(argument, float, "donor scale:F"))
@@ -171,12 +176,12 @@ def parse_donor(
     if kind == "constant" and argument:
         constants = constants or {}
         if argument not in constants:
-            raise SnpatchError(f"no constant named {argument!r}: there are {', '.join(constants) or 'none'}")
+            raise unknown_name("constant", argument, constants)
         return constants[argument]
     if kind == "noise" and argument:
         deviations = parse_number(argument, float, "donor noise:N")
         return Noise.of_std(ranking, deviations, seed=DEFAULT_NOISE_SEED if seed is None else seed)
-    raise SnpatchError(f"donor {text!r}: {kind} is no model's name. Donors: {DONORS}")
+    raise SnpatchError(f"donor: expected a valid donor, got {text!r}. Donors: {DONORS}")
 
 
 def parse_window(text: str) -> Window:
@@ -197,7 +202,7 @@ def parse_number(text: str, kind: Callable, what: str):
     try:
         return kind(text)
     except ValueError:
-        raise SnpatchError(f"{what}: {text!r} is not a number") from None
+        raise SnpatchError(f"{what}: expected a number, got {text!r}") from None
 
 
 def _window_table(text: str) -> int | list[int]:

@@ -12,7 +12,7 @@ FREE_KEYS_END = 1.0  # random keys are smaller; those of the window's own neuron
 def draw(own: Tensor, shape: tuple[int, int], *, seed: int, kind: str, disjoint: bool, fill_up: bool) -> Tensor:
     """Draw as many flat neuron indices as `own` [n] has; see Ranking.random_control."""
     if kind not in CONTROLS:
-        raise SnpatchError(f"random_control: kind must be one of {', '.join(CONTROLS)}, got {kind!r}")
+        raise SnpatchError(f"random_control: kind: expected one of {', '.join(CONTROLS)}, got {kind!r}")
     n_layers, n_neurons = shape
     # The neurons with the smallest random keys are drawn. A disjoint control has the window's own after all others.
     keys = torch.rand(n_layers * n_neurons, generator=torch.Generator().manual_seed(seed))
@@ -37,7 +37,7 @@ def _draw(keys: Tensor, start: int, size: int, n: int, source: str, fill_up: boo
     if n > num_free:
         overlap = ", or disjoint=False (command line: --overlapping-controls)" if n <= size else ""
         raise NotEnoughNeuronsError(
-            f"random_control: {n} neurons are needed in {source}, which has {num_free} to draw from; "
-            f"use a smaller window{overlap}"
+            f"random_control: expected {n} neurons to draw from in {source}, got {num_free}. "
+            f"Use a smaller window{overlap}."
         )
     return start + torch.argsort(part, stable=True)[:n]

@@ -54,22 +54,25 @@ class Ranking:
     def __post_init__(self) -> None:
         if self.rank.dim() != 2 or self.rank.dtype != torch.int32:
             raise SnpatchError(
-                f"ranking: rank must be [layers, neurons] int32, got {list(self.rank.shape)} {self.rank.dtype}"
+                f"ranking: rank: expected [layers, neurons] int32, got {list(self.rank.shape)} {self.rank.dtype}"
             )
         ranked = self.rank[self.rank != UNRANKED]
         if not torch.equal(ranked.sort().values, torch.arange(len(ranked), dtype=torch.int32)):
-            raise SnpatchError(f"ranking: ranks must be 0..{len(ranked) - 1}, each once")
+            raise SnpatchError(f"ranking: rank: expected each of 0..{len(ranked) - 1} once, got other ranks")
         for name, tensor in {"scores": self.scores, **self.moments}.items():
             if tensor is None:
                 continue
             check_type(tensor, f"ranking: {name}", torch.float32)
             if tensor.shape != self.rank.shape:
-                raise SnpatchError(f"ranking: {name} must be {list(self.rank.shape)}, got {list(tensor.shape)}")
+                raise SnpatchError(f"ranking: {name}: expected {list(self.rank.shape)}, got {list(tensor.shape)}")
             if not is_finite(tensor):
                 layer, neuron = torch.nonzero(~torch.isfinite(tensor))[0].tolist()
-                raise SnpatchError(f"ranking: {name} is not finite at layer {layer}, neuron {neuron}")
+                raise SnpatchError(
+                    f"ranking: {name}: expected finite values, got {tensor[layer, neuron].item()} at layer {layer}, "
+                    f"neuron {neuron}"
+                )
         if self.statistics is not None and self.statistics.shape != self.shape:
-            raise SnpatchError(f"ranking: statistics must be of {list(self.shape)}, got {list(self.statistics.shape)}")
+            raise SnpatchError(f"ranking: statistics: expected {list(self.shape)}, got {list(self.statistics.shape)}")
 
     @classmethod
     def from_statistics(
@@ -91,7 +94,7 @@ class Ranking:
             SnpatchError: Unknown method, or no ranked neuron differs between the two models.
         """
         if method not in METHODS:
-            raise SnpatchError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+            raise SnpatchError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
         scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
         ranking = cls.from_scores(scores, exclude_layers, statistics.moments(), meta)
         if statistics.is_pair and not _differs(statistics, ranking._order):
@@ -121,7 +124,7 @@ class Ranking:
         check_type(scores, "ranking: scores", *FLOATS, torch.float64)
         scores = scores.float()
         if scores.dim() != 2:
-            raise SnpatchError(f"ranking: scores must be [layers, neurons], got {list(scores.shape)}")
+            raise SnpatchError(f"ranking: scores: expected [layers, neurons], got {list(scores.shape)}")
         n_layers, n_neurons = scores.shape
         excluded = _layers(exclude_layers, n_layers, "exclude_layers")
         order = torch.sort(scores.flatten(), descending=True, stable=True).indices
@@ -137,7 +140,7 @@ class Ranking:
         order: "Tensor | np.ndarray | Sequence[Sequence[int]]",  # [n, 2]
         shape: tuple[int, int],
         meta: dict | None = None,
-        **kept,
+        **parts,
     ) -> "Ranking":
         """Build a ranking from a list of neurons.
 
@@ -145,20 +148,23 @@ class Ranking:
             order: [n, 2] of (layer, neuron), the first to patch first.
             shape: (L, F) of the model.
             meta: JSON data of the file.
-            kept: scores, moments or statistics.
+            parts: scores, moments or statistics.
+
+        Raises:
+            SnpatchError: A neuron is outside the model or listed twice.
         """
         order = to_tensor(order, "ranking: order")
         if order.numel():
             check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
         order = order.long()
         if order.dim() != 2 or order.shape[1] != 2:
-            raise SnpatchError(f"ranking: order must be [n, 2] of (layer, neuron), got {list(order.shape)}")
+            raise SnpatchError(f"ranking: order: expected [n, 2] of (layer, neuron), got {list(order.shape)}")
         if ((order < 0) | (order >= torch.tensor(shape))).any():
-            raise SnpatchError(f"ranking: a neuron of the order is outside {list(shape)}")
+            raise SnpatchError(f"ranking: order: expected neurons of {list(shape)}, got one outside")
         flat = order[:, 0] * shape[1] + order[:, 1]
         if len(flat.unique()) != len(flat):
-            raise SnpatchError("ranking: the order names a neuron twice")
-        return cls(_build_ranks(flat, shape), meta=meta or {}, **kept)
+            raise SnpatchError("ranking: order: expected each neuron once, got one twice")
+        return cls(_build_ranks(flat, shape), meta=meta or {}, **parts)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -171,8 +177,8 @@ class Ranking:
 
     def __repr__(self) -> str:
         names = [str(self.meta[name]) for name in ("recipient", "donor", "positions") if self.meta.get(name)]
-        made = f", contrast of {', '.join(names)}" if "recipient" in self.meta else ""
-        return f"Ranking({len(self)} neurons of {self.shape[0]} x {self.shape[1]}{made})"
+        origin = f", contrast of {', '.join(names)}" if "recipient" in self.meta else ""
+        return f"Ranking({len(self)} neurons of {self.shape[0]} x {self.shape[1]}{origin})"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -180,12 +186,26 @@ class Ranking:
         return hash_tensor(self.rank, self.shape)
 
     def window_fingerprint(self, window: Window) -> str:
-        """Return the content hash of a window's neurons, in any order."""
+        """Return the content hash of a window's neurons, whatever their order.
+
+        Args:
+            window: The window.
+
+        Raises:
+            SnpatchError: The window is longer than the ranking.
+        """
         neurons = self._first(window.hi)[window.lo :].sort().values
         return hash_tensor(neurons, self.shape)
 
     def ties(self, border: int) -> int:
-        """Return the number of neurons that share a score across a window's border; 0 if scores are not known."""
+        """Return the number of neurons that share a score across a window's border.
+
+        Args:
+            border: Rank of the first neuron after the border.
+
+        Returns:
+            Number of neurons on both sides; 0 if there is no tie or scores are not known.
+        """
         if self.scores is None or not 0 < border < len(self):
             return 0
         scores = self.scores.flatten()[self._order]
@@ -197,32 +217,94 @@ class Ranking:
         return self.meta | {"digest": self.fingerprint}
 
     def top(self, k: int) -> Tensor:
-        """Return the first k neurons, [k, 2] int64 of (layer, neuron)."""
+        """Return the first k neurons.
+
+        Args:
+            k: Number of neurons, 0 to len(self).
+
+        Returns:
+            [k, 2] int64 of (layer, neuron).
+
+        Raises:
+            SnpatchError: k is out of range.
+        """
         flat = self._first(k)
         return torch.stack([flat // self.shape[1], flat % self.shape[1]], dim=1)
 
     def layer_counts(self, k: int) -> Tensor:
-        """Return the number of the first k neurons in each layer, [L] int64."""
+        """Return the number of the first k neurons in each layer.
+
+        Args:
+            k: Number of neurons, 0 to len(self).
+
+        Returns:
+            [L] int64.
+
+        Raises:
+            SnpatchError: k is out of range.
+        """
         return torch.bincount(self._first(k) // self.shape[1], minlength=self.shape[0])
 
     def intersect(self, other: "Ranking", k: int) -> "Ranking":
-        """Return the neurons that are also in the first k of `other`, in this order."""
+        """Return the neurons that are also in the first k of `other`, in this order.
+
+        Args:
+            other: Ranking of a model of the same shape.
+            k: Number of neurons, 0 to len(other).
+
+        Returns:
+            A ranking with the scores and moments of this one.
+
+        Raises:
+            SnpatchError: k is out of range, or the shapes differ.
+        """
         return self._keep(torch.isin(self._order, self._same_shape(other)._first(k)), "intersect", k)
 
     def difference(self, other: "Ranking", k: int) -> "Ranking":
-        """Return the neurons that are not in the first k of `other`, in this order."""
+        """Return the neurons that are not in the first k of `other`, in this order.
+
+        Args:
+            other: Ranking of a model of the same shape.
+            k: Number of neurons, 0 to len(other).
+
+        Returns:
+            A ranking with the scores and moments of this one.
+
+        Raises:
+            SnpatchError: k is out of range, or the shapes differ.
+        """
         return self._keep(~torch.isin(self._order, self._same_shape(other)._first(k)), "difference", k)
 
     def filter_layers(self, layers: Sequence[int]) -> "Ranking":
-        """Return the neurons of some layers, in this order. Negative layers count from the end."""
-        named = torch.tensor(_layers(layers, self.shape[0], "filter_layers"), dtype=torch.int64)
-        kept = torch.isin(self._order // self.shape[1], named)
-        return self._of(self._order[kept], {"filter_layers": named.tolist()})
+        """Return the neurons of some layers, in this order.
+
+        Args:
+            layers: Layers; negative ones count from the end.
+
+        Returns:
+            A ranking with the scores and moments of this one.
+
+        Raises:
+            SnpatchError: The model lacks a layer.
+        """
+        layer_indices = torch.tensor(_layers(layers, self.shape[0], "filter_layers"), dtype=torch.int64)
+        is_kept = torch.isin(self._order // self.shape[1], layer_indices)
+        return self._of(self._order[is_kept], {"filter_layers": layer_indices.tolist()})
 
     def top_per_layer(self, k: int) -> "Ranking":
-        """Return the first k neurons of each layer, in this order."""
+        """Return the first k neurons of each layer, in this order.
+
+        Args:
+            k: Maximum number of neurons per layer, at least 1.
+
+        Returns:
+            A ranking with the scores and moments of this one.
+
+        Raises:
+            SnpatchError: k is less than 1.
+        """
         if k < 1:
-            raise SnpatchError(f"top_per_layer: k must be at least 1, got {k}")
+            raise SnpatchError(f"top_per_layer: k: expected at least 1, got {k}")
         layer = self._order // self.shape[1]
         rank_in_layer = torch.zeros_like(layer)
         for index in layer.unique():
@@ -251,38 +333,65 @@ class Ranking:
                 instead of raising.
 
         Returns:
-            The control. `meta["overlap"]` is the fraction of its neurons that are the window's own.
+            A ranking of len(window) neurons without scores. `meta["overlap"]` is the fraction of them that are the
+            window's own.
 
         Raises:
+            SnpatchError: Unknown kind, or the window is longer than the ranking.
             NotEnoughNeuronsError: There are fewer neurons to draw from.
         """
-        own = self._first((window := Window.of(window)).hi)[window.lo :]
-        chosen = controls.draw(own, self.shape, seed=seed, kind=kind, disjoint=disjoint, fill_up=fill_up)
-        overlap = int(torch.isin(chosen, own).sum()) / len(own) if len(own) else 0.0
+        neurons = self._first((window := Window.of(window)).hi)[window.lo :]
+        chosen = controls.draw(neurons, self.shape, seed=seed, kind=kind, disjoint=disjoint, fill_up=fill_up)
+        overlap = int(torch.isin(chosen, neurons).sum()) / len(neurons) if len(neurons) else 0.0
         meta = {"control": kind, "of": self.fingerprint, "window": [window.lo, window.hi], "seed": seed}
         return Ranking(_build_ranks(chosen, self.shape), meta={**meta, "disjoint": disjoint, "overlap": overlap})
 
     def overlap(self, other: "Ranking", k: int) -> float:
-        """Return the size of the intersection of both first k, divided by k."""
+        """Return the fraction of the first k neurons that both rankings share.
+
+        Args:
+            other: Ranking of a model of the same shape.
+            k: Number of neurons of each ranking, at least 1.
+
+        Returns:
+            Fraction, 0 to 1.
+
+        Raises:
+            SnpatchError: k is out of range, or the shapes differ.
+        """
         if k < 1:
-            raise SnpatchError(f"overlap: k must be at least 1, got {k}")
+            raise SnpatchError(f"overlap: k: expected at least 1, got {k}")
         return torch.isin(self._first(k), self._same_shape(other)._first(k)).float().mean().item()
 
     def spearman(self, other: "Ranking", k: int) -> float:
         """Return the rank correlation of the neurons that both first k contain.
 
         Neurons are re-ranked among the shared ones (the paper's stability).
+
+        Args:
+            other: Ranking of a model of the same shape.
+            k: Number of neurons of each ranking.
+
+        Returns:
+            Spearman's coefficient, -1 to 1.
+
+        Raises:
+            SnpatchError: k is out of range, the shapes differ, or fewer than two neurons are shared.
         """
         from snpatch.statistics import spearman  # importing SciPy takes a second, and engines do not need it
 
-        own = self._first(k)
-        common = own[torch.isin(own, self._same_shape(other)._first(k))]
+        first = self._first(k)
+        common = first[torch.isin(first, self._same_shape(other)._first(k))]
         if len(common) < 2:
-            raise SnpatchError(f"spearman: the first {k} of both have {len(common)} neurons in common, need 2")
+            raise SnpatchError(f"spearman: expected 2 or more neurons in the first {k} of both, got {len(common)}")
         return spearman(self.rank.flatten()[common], other.rank.flatten()[common])
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file with `meta` as JSON, atomically."""
+        """Write a safetensors file with `meta` as JSON, atomically.
+
+        Args:
+            path: The file.
+        """
         tensors = {"rank": self.rank, **self.moments}
         if self.scores is not None:
             tensors["scores"] = self.scores
@@ -298,28 +407,32 @@ class Ranking:
             path: The file.
             shape: (L, F) of the model, or a function that returns it. Required for lists of neurons; for scores whose
                 last layers are missing, these layers are not ranked.
+
+        Raises:
+            SnpatchError: The file is damaged, has an unknown format, or does not fit the shape.
         """
         path = Path(path)
         if get_suffix(path) not in (*TORCH, *NUMPY, *TABLES):
             return cls._load_own(path)
-        found, shape = read_neurons(path), shape() if callable(shape) else shape
-        if isinstance(found, tuple):
+        neurons, shape = read_neurons(path), shape() if callable(shape) else shape
+        if isinstance(neurons, tuple):
             return cls.from_published(path, shape and shape[0])
-        shape, meta = shape or found.shape, {"imported": path.name}
-        if found.scores is not None:
-            return cls._of_scores(found.scores, shape, path, meta)
+        shape, meta = shape or neurons.shape, {"imported": path.name}
+        if neurons.scores is not None:
+            return cls._of_scores(neurons.scores, shape, path, meta)
         if shape is None:
             raise SnpatchError(
-                f"{path}: lists neurons, not the model's size: give shape = (layers, neurons of a layer)"
+                f"{path}: expected a shape for a list of neurons. Pass shape=(layers, neurons of a layer)."
             )
-        return cls.from_order(require(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
+        tied = {"tied": neurons.tied} if neurons.tied else {}
+        return cls.from_order(require(neurons.order), shape, {**meta, **tied})
 
     @classmethod
     def _of_scores(cls, scores: Tensor, shape: tuple[int, int] | None, path: Path, meta: dict) -> "Ranking":
         n_layers, n_neurons = shape or scores.shape
         missing = n_layers - len(scores)
         if missing < 0 or n_neurons != scores.shape[1]:
-            raise SnpatchError(f"{path}: holds scores {list(scores.shape)}, the model is of {[n_layers, n_neurons]}")
+            raise SnpatchError(f"{path}: expected scores of {[n_layers, n_neurons]}, got {list(scores.shape)}")
         padded = torch.nn.functional.pad(scores, (0, 0, 0, missing))
         return cls.from_scores(padded, range(len(scores), n_layers), meta=meta)
 
@@ -328,10 +441,10 @@ class Ranking:
         tensors, meta = read_tensors(path, kind="ranking")
         unknown = set(tensors) - {"rank", "scores", "sums", "count", *MOMENTS}
         if "rank" not in tensors or unknown:
-            raise SnpatchError(f"{path}: not a ranking: it holds {', '.join(sorted(tensors))}")
+            raise SnpatchError(f"{path}: expected a ranking, got a file of {', '.join(sorted(tensors)) or 'nothing'}")
         sums, count = (tensors.pop(name, None) for name in ("sums", "count"))
         if (sums is None) != (count is None):
-            raise SnpatchError(f"{path}: damaged: of sums and count it holds one")
+            raise SnpatchError(f"{path}: expected both sums and count or neither, got one of them")
         statistics = None if sums is None or count is None else Statistics(sums, count)
         rank, scores, moments = tensors.pop("rank"), tensors.pop("scores", None), tensors
         if statistics is not None and not moments:
@@ -343,24 +456,30 @@ class Ranking:
         """Import a `.pt` file of the published code.
 
         It contains (scores, ranks, first mean, first std, second mean, second std). "first" is the donor and "second"
-        the recipient, which generates. The file lacks trailing layers (by the substring '31'): pass the model's
-        `n_layers` to add them, unranked.
+        the recipient, which generates. The published code leaves out layers with '31' in their name.
+
+        Args:
+            path: The file.
+            n_layers: Number of layers of the model; missing trailing layers are added, unranked.
+
+        Raises:
+            SnpatchError: The file does not contain these six tensors, or it has more than `n_layers` layers.
         """
         published = read_checkpoint(path)
         if not isinstance(published, list | tuple) or len(published) != 6:
             raise SnpatchError(f"{path}: expected the published 6-tuple, got {type(published).__name__}")
         types, (scores, order, *moments) = (*FLOATS, torch.float64), published
         scores, *moments = (
-            check_tensor(one, f"{path}: tensor {i}", *types, used=torch.float32)
-            for i, one in zip((0, 2, 3, 4, 5), (scores, *moments), strict=True)
+            check_tensor(tensor, f"{path}: tensor {i}", *types, used=torch.float32)
+            for i, tensor in zip((0, 2, 3, 4, 5), (scores, *moments), strict=True)
         )
         if scores.dim() != 2 or any(moment.shape != scores.shape for moment in moments):
-            shapes = ", ".join(str(list(one.shape)) for one in (scores, *moments))
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (scores, *moments))
             raise SnpatchError(f"{path}: expected scores and moments of one shape [layers, neurons], got {shapes}")
         missing = (n_layers or len(scores)) - len(scores)
         if missing < 0:
-            raise SnpatchError(f"{path}: holds {len(scores)} layers, the model has {n_layers}")
-        padded = [torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (scores, *moments)]
+            raise SnpatchError(f"{path}: expected at most the model's {n_layers} layers, got {len(scores)}")
+        padded = [torch.nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (scores, *moments)]
         names = ("donor_mean", "donor_std", "recipient_mean", "recipient_std")
         rows, columns = padded[0].shape
         return cls.from_order(
@@ -379,16 +498,16 @@ class Ranking:
 
     def _first(self, k: int) -> Tensor:
         if not 0 <= k <= len(self):
-            raise SnpatchError(f"k must lie in 0..{len(self)}, the ranked neurons; got {k}")
+            raise SnpatchError(f"k: expected 0..{len(self)} (number of ranked neurons), got {k}")
         return self._order[:k]
 
     def _same_shape(self, other: "Ranking") -> "Ranking":
         if other.shape != self.shape:
-            raise SnpatchError(f"rankings of different models: {list(self.shape)} and {list(other.shape)}")
+            raise SnpatchError(f"ranking: expected another ranking of {list(self.shape)}, got {list(other.shape)}")
         return other
 
-    def _keep(self, kept: Tensor, operation: str, k: int) -> "Ranking":
-        return self._of(self._order[kept], {"set_operation": operation, "set_k": k})
+    def _keep(self, mask: Tensor, operation: str, k: int) -> "Ranking":
+        return self._of(self._order[mask], {"set_operation": operation, "set_k": k})
 
     def _of(self, order: Tensor, meta: dict) -> "Ranking":
         """Return a ranking of some of the neurons."""
@@ -400,7 +519,7 @@ def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:
     """Return layers counted from the start, each once."""
     for layer in layers:
         if not -n_layers <= layer < n_layers:
-            raise SnpatchError(f"{name}: the model has {n_layers} layers, got {layer}")
+            raise SnpatchError(f"{name}: expected a layer in {-n_layers}..{n_layers - 1}, got {layer}")
     return sorted({layer % n_layers for layer in layers})
 
 

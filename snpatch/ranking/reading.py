@@ -57,10 +57,10 @@ def read_neurons(path: Path) -> Neurons | tuple:
     if not path.exists():
         raise SnpatchError(f"{path}: no such file")
     if kind in TORCH:
-        found = read_checkpoint(path)
-        if isinstance(found, list | tuple) and len(found) == 6 and all(isinstance(one, Tensor) for one in found):
-            return tuple(found)
-        return _of_value(found, path)
+        content = read_checkpoint(path)
+        if isinstance(content, list | tuple) and len(content) == 6 and all(isinstance(t, Tensor) for t in content):
+            return tuple(content)
+        return _of_value(content, path)
     if kind in NUMPY:
         return _of_value(_numpy(path), path)
     if kind in TABLES:
@@ -98,8 +98,8 @@ def _numpy(path: Path) -> object:
         with zipfile.ZipFile(path) as packed:
             if (size := sum(entry.file_size for entry in packed.infolist())) > MAX_UNPACKED_BYTES:
                 raise ValueError(f"{size} bytes when unpacked, expected at most {MAX_UNPACKED_BYTES}")
-        with np.load(path, allow_pickle=False) as found:
-            return {name: found[name] for name in found.files}
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # for a damaged header numpy raises errors of tokenize, ast and zlib
         raise SnpatchError(f"{path}: not a NumPy file of plain numbers: {first_line(error)}") from error
 
@@ -108,14 +108,14 @@ def _of_value(value: object, path: Path) -> Neurons:
     """Parse an array, a tensor, or a dict with one of them."""
     shape = None
     if isinstance(value, dict):
-        folded = {str(name).lower(): one for name, one in value.items()}
+        folded = {str(name).lower(): item for name, item in value.items()}
         if {"layer", "neuron"} <= folded.keys():
             columns = [folded[name] for name in ("layer", "neuron", "score") if name in folded]
-            return _of_columns([to_tensor(one, f"{path}: a column").flatten() for one in columns], path)
+            return _of_columns([to_tensor(column, f"{path}: a column").flatten() for column in columns], path)
         shape = _parse_shape(folded.get("shape"), path)
         names = [name for name in VALUE_KEYS if name in folded] or [name for name in folded if name != "shape"]
         if len(names) != 1:
-            lists = [name for name, one in folded.items() if isinstance(one, list | Tensor | np.ndarray)]
+            lists = [name for name, item in folded.items() if isinstance(item, list | Tensor | np.ndarray)]
             hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
             raise SnpatchError(f"{path}: {FORMS}, got a table of {list_columns(folded)}{hint}")
         value = folded[names[0]]
@@ -127,7 +127,7 @@ def _of_value(value: object, path: Path) -> Neurons:
     columns = array.T.unbind() if array.shape[1] in (2, 3) else ()
     if columns and not array.is_floating_point():
         return _of_columns(columns, path, shape)
-    if len(columns) == 3 and all(bool((one == one.round()).all()) for one in columns[:2]):
+    if len(columns) == 3 and all(map(_is_whole, columns[:2])):
         return _of_columns(columns, path, shape)
     if not array.is_floating_point():
         raise SnpatchError(f"{path}: {FORMS}, got integers {list(array.shape)}")
@@ -136,17 +136,22 @@ def _of_value(value: object, path: Path) -> Neurons:
 
 def _of_columns(columns: Sequence[Tensor], path: Path, shape: tuple[int, int] | None = None) -> Neurons:
     """Parse columns: layers, neurons and, if given, scores."""
-    if len({len(one) for one in columns}) > 1:
-        raise SnpatchError(f"{path}: columns of different lengths ({', '.join(str(len(one)) for one in columns)})")
-    if any(one.is_floating_point() and not bool((one == one.round()).all()) for one in columns[:2]):
-        raise SnpatchError(f"{path}: a layer or neuron is no whole number")
-    order = torch.stack([one.long() for one in columns[:2]], dim=1)
+    if len({len(column) for column in columns}) > 1:
+        lengths = ", ".join(str(len(column)) for column in columns)
+        raise SnpatchError(f"{path}: expected columns of one length, got {lengths}")
+    if not all(map(_is_whole, columns[:2])):
+        raise SnpatchError(f"{path}: expected layers and neurons as whole numbers, got another number")
+    order = torch.stack([column.long() for column in columns[:2]], dim=1)
     return _sorted(order, columns[2].double(), path, shape) if len(columns) == 3 else Neurons(order=order, shape=shape)
+
+
+def _is_whole(values: Tensor) -> bool:
+    return not values.is_floating_point() or bool((values == values.round()).all())
 
 
 def _sorted(order: Tensor, scores: Tensor, path: Path, shape: tuple[int, int] | None = None) -> Neurons:
     if not bool(torch.isfinite(scores).all()):
-        raise SnpatchError(f"{path}: a score is not finite")
+        raise SnpatchError(f"{path}: expected finite scores, got one that is not")
     scores, places = torch.sort(scores, descending=True, stable=True)
     return Neurons(order=order[places], tied=int((scores.diff() == 0).sum()), shape=shape)
 
@@ -154,21 +159,21 @@ def _sorted(order: Tensor, scores: Tensor, path: Path, shape: tuple[int, int] | 
 def _of_rows(path: Path) -> Neurons:
     rows = list(read_rows(path, _fault))
     only = rows[0].value if len(rows) == 1 else None
-    if isinstance(only, dict) and (_fault(only) or any(isinstance(one, list) for one in only.values())):
+    if isinstance(only, dict) and (_fault(only) or any(isinstance(item, list) for item in only.values())):
         return _of_value(only, path)
     if rows and all(isinstance(row.value, list) for row in rows):
         return _of_value([row.value for row in rows], path)
     table = [_numbers(row) for row in rows]
     if not table:
-        raise SnpatchError(f"{path}: holds no neuron")
+        raise SnpatchError(f"{path}: expected neurons, got an empty file")
     for field in ("rank", "score"):
         if len({field in row for row in table}) > 1:
-            raise SnpatchError(f"{path}: some rows have a {field}, others have none")
+            raise SnpatchError(f"{path}: expected a {field} in every row or in none, got some")
     order = torch.tensor([[row["layer"], row["neuron"]] for row in table], dtype=torch.int64)
     if "rank" in table[0]:
         ranks = torch.tensor([row["rank"] for row in table], dtype=torch.float64)
         if len(ranks.unique()) != len(ranks):
-            raise SnpatchError(f"{path}: two neurons have one rank")
+            raise SnpatchError(f"{path}: expected each rank once, got one twice")
         return _sorted(order, -ranks, path)
     if "score" in table[0]:
         return _sorted(order, torch.tensor([row["score"] for row in table], dtype=torch.float64), path)
@@ -179,31 +184,31 @@ def _numbers(row: SourceRow) -> dict[str, float | int]:
     """Return the fields of a row as numbers; layer and neuron are integers."""
     if row.error or not isinstance(row.value, dict):
         raise SnpatchError(f"{row.location}: {row.error or f'expected layer and neuron, got {shown(row.value)}'}")
-    found = {}
+    numbers = {}
     for field, name in _columns(row.value).items():
         value, kind = row.value[name], float if field == "score" else int
         try:
             if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
                 raise ValueError
-            found[field] = kind(value)
+            numbers[field] = kind(value)
         except (TypeError, ValueError):
-            wanted = "a number" if kind is float else "a whole number"
-            raise SnpatchError(f"{row.location}: {name}: expected {wanted}, got {shown(value)}") from None
-    if missing := {"layer", "neuron"} - found.keys():
+            expected = "a number" if kind is float else "a whole number"
+            raise SnpatchError(f"{row.location}: {name}: expected {expected}, got {shown(value)}") from None
+    if missing := {"layer", "neuron"} - numbers.keys():
         raise SnpatchError(f"{row.location}: {' and '.join(sorted(missing))} is missing")
-    if found.get("score") is not None and not np.isfinite(found["score"]):
-        raise SnpatchError(f"{row.location}: score is not finite")
-    return found
+    if numbers.get("score") is not None and not np.isfinite(numbers["score"]):
+        raise SnpatchError(f"{row.location}: score: expected a finite number, got {numbers['score']}")
+    return numbers
 
 
 def _columns(names: Iterable[str]) -> dict[str, str]:
     """Return field -> column."""
-    found = {}
+    columns = {}
     for field, spellings in COLUMN_NAMES.items():
         for name in names:
             if str(name).strip().lower().replace(" ", "_") in spellings:
-                found.setdefault(field, name)
-    return found
+                columns.setdefault(field, name)
+    return columns
 
 
 def _fault(names: Iterable[str]) -> str | None:
@@ -215,6 +220,6 @@ def _parse_shape(value: object, path: Path) -> tuple[int, int] | None:
     if value is None:
         return None
     shape = to_tensor(value, f"{path}: shape").flatten().tolist()
-    if len(shape) != 2 or not all(isinstance(one, int) and one > 0 for one in shape):
+    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise SnpatchError(f"{path}: shape: expected [layers, neurons], got {shown(value)}")
     return tuple(shape)

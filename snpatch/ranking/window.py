@@ -10,7 +10,12 @@ CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_
 
 @dataclass(frozen=True)
 class Window:
-    """Range [lo, hi) of ranks: neuron n is patched iff lo <= rank[n] < hi."""
+    """Range [lo, hi) of ranks: neuron n is patched iff lo <= rank[n] < hi.
+
+    Attributes:
+        lo: First patched rank.
+        hi: Rank after the last patched one.
+    """
 
     lo: int
     hi: int
@@ -24,7 +29,14 @@ class Window:
 
     @classmethod
     def of(cls, window: "Window | int | tuple[int, int]") -> "Window":
-        """Return the window of a Window, of k (the top k), or of (lo, hi)."""
+        """Convert to a Window.
+
+        Args:
+            window: A Window, k for the top k, or (lo, hi).
+
+        Raises:
+            SnpatchError: The argument has another form, or lo > hi.
+        """
         if isinstance(window, Window):
             return window
         try:

@@ -188,7 +188,7 @@ class Pipeline:
     def _build_inputs(self) -> InputFingerprints:
         training = self.preset.training
         data = training.data if training else {}
-        trainings = {name: (one.settings, data[one.data]) for name, one in self.trainings.items()}
+        trainings = {name: (entry.settings, data[entry.data]) for name, entry in self.trainings.items()}
         generator = None
         if training and training.generated_by:
             from snpatch.demo.build import Recipe

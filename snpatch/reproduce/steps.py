@@ -95,7 +95,7 @@ class Steps:
         self._store(name, {"started_with": started_with})
         start = time.monotonic()
         result = step.run()
-        if changed := [one for one in step.inputs if self._fingerprint(one) != started_with[one]]:
+        if changed := [key for key in step.inputs if self._fingerprint(key) != started_with[key]]:
             raise SnpatchError(f"input {changed[0]} changed while {name} ran. Run it again")
         inputs = {input_name: self._fingerprint(input_name) for input_name in sorted({*step.inputs, *result.inputs})}
         outputs = {str(path.relative_to(self.out)): fingerprint_path(path) for path in sorted(result.outputs)}
@@ -117,8 +117,8 @@ class Steps:
         """Move a step's outputs (and extra files) to `replaced/NAME-N`, and forget its run."""
         outputs = [self.out / path for path in self._records.get(name, {}).get("outputs", {})]
         folder = self.steps[name].folder if name in self.steps else None
-        written: list[Path] = [*outputs, *extra, *([folder] if folder else [])]
-        paths = [path for path in dict.fromkeys(written) if path.exists()]
+        candidates: list[Path] = [*outputs, *extra, *([folder] if folder else [])]
+        paths = [path for path in dict.fromkeys(candidates) if path.exists()]
         if folder is not None:
             paths = [path for path in paths if folder not in path.parents]
         number = 1

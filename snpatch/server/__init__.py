@@ -2,7 +2,7 @@
 
 A request passes middleware.py, vLLM's route, the wrapped handler of install.py (which parses the patch with
 patch_request.py and registry.py), vLLM's handler, client.py (which patches and checks receipts) and receipts.py (which
-adds the receipt to the answer).
+adds the receipt to the response).
 
 install.py         installs routes, handlers and metrics into vLLM's app
 launcher.py        starts and stops the server

@@ -133,7 +133,7 @@ class PatchedClient:
         )
         if context.num_logprobs > limit:
             raise SnpatchError(
-                f"logprobs: expected at most {limit} values in an answer (--max-logprob-values), got "
+                f"logprobs: expected at most {limit} values per response (--max-logprob-values), got "
                 f"{context.num_logprobs} or more. Set max_tokens, stream, or send several requests.",
                 field="logprobs",
             )

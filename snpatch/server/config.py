@@ -55,7 +55,9 @@ class ServeConfig:
     )
     max_uploads: int = option(2, "Maximum number of concurrent uploads; further ones get HTTP 503.", min=1)
     max_waiting: int = option(
-        256, "Maximum number of completions queued for adapter, ranking or constant slots; then HTTP 503.", min=0
+        256,
+        "Maximum number of completions queued for adapter, ranking or constant slots; further requests get HTTP 503.",
+        min=0,
     )
     max_body_bytes: int | None = option(
         None, "Maximum size of a JSON body in bytes. Default: 1 MiB, or 8 x the context length if larger.", min=1
@@ -79,12 +81,12 @@ class ServeConfig:
     )
     max_prompt_chars: int | None = option(
         None,
-        "Maximum number of characters of a text to /tokenize and of a sweep prompt. Default: 32 x the context length.",
+        "Maximum number of characters of a /tokenize input or a sweep prompt. Default: 32 x the context length.",
         min=1,
     )
     max_logprob_values: int = option(
         10_240,
-        "Maximum number of log-probabilities in an answer: of its prompts and, unless streamed, of max_tokens.",
+        "Maximum number of log-probabilities per response: prompt tokens plus, unless streamed, max_tokens.",
         min=1,
     )
     max_grammar_chars: int = option(
@@ -93,7 +95,7 @@ class ServeConfig:
     max_sweep_completions: int = option(10_000, "Maximum number of completions of a client's sweep.", min=1)
     send_timeout_s: float = option(
         120.0,
-        "Timeout in seconds for a client to read each part of its answer; then it is disconnected.",
+        "Timeout in seconds for a client to read each part of its response; then it is disconnected.",
         min=0.001,
         below=MAX_SECONDS,
     )

@@ -1,6 +1,6 @@
 """Installation into vLLM's app: model names, routes and metrics, and wrappers around vLLM's handlers.
 
-A wrapped handler parses the patch of a request before any work, and adds the receipt to the answer.
+A wrapped handler parses the patch of a request before any work, and adds the receipt to the response.
 """
 
 import asyncio
@@ -51,7 +51,7 @@ def install(state: ServerState, app: FastAPI) -> None:
     The app's state must be complete.
     """
     models = app.state.openai_serving_models
-    # vLLM takes each name for an adapter's: it lists and checks it, puts it in answers and passes it to `generate`,
+    # vLLM takes each name for an adapter's: it lists and checks it, puts it in responses and passes it to `generate`,
     # where PatchedClient drops it.
     names = enumerate(state.registry.model_names, 1)
     models.lora_requests |= {name: LoRARequest(name, i, KEY) for i, name in names}
@@ -97,15 +97,15 @@ def _wrap(state: ServerState, handler, create: Callable[..., Awaitable], name: s
             if name != "openai_serving_completion":
                 state.check_template(context.recipient)
             CURRENT_PATCH.set(context)
-            answer = await create(request, raw_request)
-            if name == "openai_serving_responses" and hasattr(answer, "__anext__"):
-                answer = await _wait_for_generation(answer)
+            response = await create(request, raw_request)
+            if name == "openai_serving_responses" and hasattr(response, "__anext__"):
+                response = await _wait_for_generation(response)
         except SnpatchError as error:
             status = http_status(error)
             return handler.create_error_response(
                 error_message(error), err_type=error_type(status), status_code=status, param=error_param(error)
             )
-        return add_receipt(answer, context)
+        return add_receipt(response, context)
 
     return patched
 
@@ -119,7 +119,7 @@ async def _build_context(state: ServerState, request, raw_request) -> PatchConte
         )
     if getattr(request, "background", False):
         raise SnpatchError(
-            "background: expected false, got true. Leave it out: the answer would lack its receipt.",
+            "background: expected false, got true. Leave it out: the response would lack its receipt.",
             field="background",
         )
     _check_num_completions(state, request)

@@ -38,10 +38,10 @@ class Receipt:
 
 @dataclass(eq=False)
 class PatchContext:
-    """The patch that one HTTP request is answered with, and the receipts of its completions.
+    """The patch of one HTTP request, and the receipts of its completions.
 
     Attributes:
-        label: The patch as answers name it.
+        label: The patch as responses name it.
         receipts: In the order in which vLLM requested the completions.
         num_logprobs: Log-probabilities that the completions so far may have.
     """

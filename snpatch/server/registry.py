@@ -11,7 +11,7 @@ from pathlib import Path
 
 from snpatch import names
 from snpatch.engine.async_engine import AsyncEngine
-from snpatch.errors import SnpatchError, error_field, nearest
+from snpatch.errors import SnpatchError, error_field, nearest, unknown_name
 from snpatch.guard.guard import Guard
 from snpatch.patching import spec
 from snpatch.patching.patch import Constant, Patch, Source
@@ -176,8 +176,7 @@ class PatchRegistry:
 
     def _get_guard(self, name: str, recipient: str) -> Guard:
         if name not in self.guards:
-            available = ", ".join(self.guards) or "none"
-            raise SnpatchError(f"snpatch: no guard named {name!r}. Available guards: {available}.", field="guard")
+            raise unknown_name("snpatch: guard", name, self.guards, field="guard")
         guard, template = self.guards[name], self.engine.requests.template
         if template(guard.model).fingerprint != template(recipient).fingerprint:
             message = (

@@ -1,4 +1,4 @@
-"""Receipts in answers: the object `snpatch` of an answer, or of the last chunk of a stream.
+"""Receipts in responses: the object `snpatch` of a response, or of the last chunk of a stream.
 
 The finish reason of a stream is sent together with the receipt. If the receipt fails, the stream ends with vLLM's error
 chunk instead.
@@ -24,20 +24,20 @@ LAST_ANTHROPIC_EVENT = "event: message_delta"
 LAST_RESPONSES_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 
 
-def add_receipt(answer: Any, context: PatchContext) -> BaseModel | AsyncGenerator:
-    """Return a handler's answer with the receipt: a model, a stream, or an unchanged error."""
-    if isinstance(answer, BaseModel):
-        is_error = hasattr(answer, "error") and not hasattr(answer, "id")
-        return answer if is_error else _add_to_model(answer, context)
-    return _add_to_stream(answer, context)
+def add_receipt(response: Any, context: PatchContext) -> BaseModel | AsyncGenerator:
+    """Return a handler's response with the receipt: a model, a stream, or an unchanged error."""
+    if isinstance(response, BaseModel):
+        is_error = hasattr(response, "error") and not hasattr(response, "id")
+        return response if is_error else _add_to_model(response, context)
+    return _add_to_stream(response, context)
 
 
-def _add_to_model(answer: BaseModel, context: PatchContext) -> BaseModel:
-    if type(answer).model_config.get("extra") == "allow":
-        setattr(answer, KEY, context.to_dict())
-        return answer
-    values: dict[str, Any] = {**dict(answer), KEY: context.to_dict()}
-    return _with_receipt_field(type(answer)).model_construct(**values)
+def _add_to_model(response: BaseModel, context: PatchContext) -> BaseModel:
+    if type(response).model_config.get("extra") == "allow":
+        setattr(response, KEY, context.to_dict())
+        return response
+    values: dict[str, Any] = {**dict(response), KEY: context.to_dict()}
+    return _with_receipt_field(type(response)).model_construct(**values)
 
 
 @cache

@@ -1,6 +1,6 @@
 """Filters on responses: a deadline for each message to be read, and no paths of this machine in error messages.
 
-Why around ASGI's `send` and not where answers are built: vLLM's own errors and streams pass it, too. A client that
+Why around ASGI's `send` and not where responses are built: vLLM's own errors and streams pass it, too. A client that
 stops reading is reported as disconnected, because all routes, vLLM's included, cancel their work then.
 """
 

@@ -22,7 +22,7 @@ from snpatch.server.state import ServerState
 from snpatch.server.sweep_endpoint import ClientSweep, SweepRequest
 from snpatch.utils import schema
 
-ROUTES = {  # what `GET /` answers
+ROUTES = {  # response of `GET /`
     "GET /v1/models": "models and patches, as OpenAI's clients list them",
     "POST /v1/chat/completions": "chat completions; `model` names a patch, or the field `snpatch` holds one",
     "POST /v1/completions": "completions, likewise",

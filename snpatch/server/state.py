@@ -136,7 +136,7 @@ class ServerState:
 
     @cached_property
     def private_folders(self) -> tuple[str, ...]:
-        """Folders of this machine that no answer may name."""
+        """Return the folders of this machine that no response may name."""
         uploads, model = self.config.allow_upload or ".", self.config.engine.model
         return find_private_folders(uploads, model, tempfile.gettempdir(), Path.cwd())
 

@@ -14,7 +14,7 @@ from snpatch.utils.schema import option
 
 
 def check_sampling(sampling: Sampling, context: str) -> None:
-    """Raise if the sampling asks for several completions at once, or for what a store does not keep."""
+    """Raise if the sampling has n above 1, or log-probabilities, which a store does not contain."""
     if sampling.n > 1:
         raise SnpatchError(f"{context}: sampling: n: expected 1, got {sampling.n}. Ask for several samples instead.")
     if sampling.logprobs:
@@ -30,7 +30,7 @@ class SweepConfig:
         donors: Models whose activations are copied; a str for one.
         windows: Windows over each ranking: Window, k or (lo, hi).
         strengths: Strengths of the patch, see Patch.
-        controls: Random controls of each window, with the seeds 0, 1, ...
+        controls: Number of random controls per window; their seeds are 0, 1, ...
         control_kind: How random controls are drawn, see Ranking.random_control.
         disjoint: Draw controls without neurons of the window, or with as few as possible where too few others are left.
         positions: Positions that are patched, see Patch.
@@ -44,15 +44,22 @@ class SweepConfig:
     donors: tuple[str, ...]
     windows: tuple[Window, ...]
     strengths: tuple[float, ...] = (1.0,)
-    controls: int = option(3, "Random controls of each window.", min=0)
-    control_kind: str = option("per_layer", "per_layer, last_layer or everywhere.", choices=CONTROLS)
+    controls: int = option(3, "Number of random controls per window.", min=0)
+    control_kind: str = option(
+        "per_layer",
+        "Layers that random controls are drawn from: per_layer (as many neurons of each layer as the window has), "
+        "last_layer or everywhere.",
+        choices=CONTROLS,
+    )
     disjoint: bool = True
     positions: str | int = option(
-        "all", "all, prompt, last_prompt_token, completion, completion_shifted, or a position to start from."
+        "all",
+        "Patched positions: all, prompt, last_prompt_token, completion, completion_shifted, or the index to start "
+        "from.",
     )
     sampling: Sampling = GREEDY
     samples: int = option(
-        1, "Completions per prompt; their scores are averaged. More than 1 needs a temperature.", min=1
+        1, "Number of completions per prompt; their scores are averaged. More than 1 needs a temperature.", min=1
     )
     resamples: int = field(default=RESAMPLES, metadata={"min": 1})
     confidence: float = field(default=CONFIDENCE, metadata={"above": 0, "below": 1})
@@ -83,13 +90,18 @@ class SweepConfig:
         object.__setattr__(self, "strengths", tuple(float(strength) for strength in self.strengths))
         check_sampling(self.sampling, "sweep")
         if not self.windows or not self.recipients or not self.donors or not self.strengths:
-            raise SnpatchError("sweep: needs at least one window, one recipient, one donor and one strength")
+            grid = {"windows": self.windows, "recipients": self.recipients, "donors": self.donors}
+            missing = [name for name, values in (grid | {"strengths": self.strengths}).items() if not values]
+            raise SnpatchError(f"sweep: {', '.join(missing)}: expected at least one value, got none")
         if not all(map(math.isfinite, self.strengths)):
-            raise SnpatchError(f"sweep: strengths must be finite, got {self.strengths}")
+            raise SnpatchError(f"sweep: strengths: expected finite numbers, got {self.strengths}")
         schema.validate(self, "sweep: ")
         for recipient in self.recipients:
             if self.donors == (recipient,):
-                raise SnpatchError(f"sweep: {recipient!r} is recipient and donor")
+                raise SnpatchError(
+                    f"sweep: donors: expected a model that is no recipient, got {recipient!r}. Remove it from the "
+                    "recipients."
+                )
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -314,7 +314,7 @@ class Database:
         stopped = [f"{p.host} process {p.pid}, which is stopped" for p, _ in alive if p.is_stopped()]
         now = time.time()
         others = [f"{p.host} process {p.pid} (last heartbeat {now - beat:.0f} s ago)" for p, beat in alive]
-        return one_line(" or ".join(stopped or others)) or "a process that is no sweep"
+        return one_line(" or ".join(stopped or others)) or "a process that is not a sweep"
 
     def _check_unchanged(self) -> None:
         if self.path is not None and self._stamp is not None and self._stamp != _stamp(self.path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snpatch.config import Capacity, EngineConfig, resolve_backend, resolve_path
 from snpatch.data.prompt_set import PromptSet
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, unknown_name
 from snpatch.judges.factory import is_function_judge
 from snpatch.names import BASE, check_names
 from snpatch.sampling import CONTRAST, GREEDY
@@ -64,14 +64,14 @@ class EvalConfig:
     def check_set(self, name: str, context: str) -> None:
         """Raise unless there is a set of this name."""
         if name not in self.sets:
-            raise SnpatchError(f"{context}: no set named {name!r}: there are {', '.join(self.sets)}")
+            raise unknown_name(f"{context}: prompt set", name, self.sets)
 
     def check_models(self, names: Iterable[str]) -> None:
         """Raise unless the engine has models of these names."""
         models = [BASE, *self.engine.sources]
         for name in names:
             if name not in models:
-                raise SnpatchError(f"no model named {name!r}: there are {', '.join(models)}")
+                raise unknown_name("model", name, models)
 
 
 def load_eval_config(source: str | Path) -> EvalConfig:
@@ -95,8 +95,8 @@ def read_config_file(source: str | Path) -> tuple[Path, dict]:
     try:
         return path, parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        named = ", ".join(NAMED_CONFIGS)
-        raise SnpatchError(f"config {source}: no such file, and the named ones are {named}") from None
+        names = ", ".join(NAMED_CONFIGS)
+        raise SnpatchError(f"config {source}: expected a file or one of {names}, got neither") from None
     except (OSError, ValueError) as error:
         raise SnpatchError(f"config {path}: not a TOML file: {error}") from error
 

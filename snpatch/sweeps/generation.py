@@ -181,7 +181,7 @@ def _handle_failed_run(engine: Engine, store: Store, error: SnpatchError, failed
         raise error  # no completion of such an engine and no score of such a judge can be used
     if not store.queue.mark_suspect(str(error)) or failed_runs == MAX_FAILED_RUNS:
         raise error  # the completions are not the cause
-    logger.warning("snpatch: a run failed and starts again: %s", error)
+    logger.warning("snpatch: the engine run failed and is retried: %s", error)
     if isinstance(error, EngineCrashedError):
         if not max_restarts:
             raise error
@@ -280,7 +280,7 @@ def _describe_patch(engine: Engine, patch: Patch | str) -> dict:
     if isinstance(patch, str):
         return content
     return content | {
-        "interventions": [_describe_intervention(engine, each) for each in patch.interventions if len(each.window)]
+        "interventions": [_describe_intervention(engine, part) for part in patch.interventions if len(part.window)]
     }
 
 

@@ -14,6 +14,7 @@ from snpatch.sweeps.store import Store, completion_key
 
 JUDGE_BATCH_SIZE = 256  # completions per call of a judge
 MAX_CONSECUTIVE_FAILURES = 16  # completions without a score, after which a judge is not called any more
+NOT_SCORED = "not scored: the judge failed on all earlier completions"
 
 Pair = tuple[str, str]  # prompt, completion
 
@@ -80,11 +81,11 @@ def check_scored(records: Sequence[dict]) -> None:
     for record in records:
         if record["completion"] is None:
             raise SnpatchError(
-                f"a completion could not be generated: {record['error']}; the others are stored: run it again"
+                f"a completion could not be generated: {record['error']}. The others are stored; repeat the run."
             )
         for judge, score in record["scores"].items():
             if score is None:
-                raise SnpatchError(f"judge {judge!r} has no score of the answer to {record['prompt'][:80]!r}")
+                raise SnpatchError(f"judge {judge!r} has no score of the completion of {record['prompt'][:80]!r}")
 
 
 def score_pairs(name: str, judge: Judge, pairs: Sequence[Pair], store: Store, judge_key: str) -> dict[Pair, float]:
@@ -124,7 +125,7 @@ def score_chunk(name: str, judge: Judge, chunk: Sequence[Pair]) -> tuple[dict[Pa
         if error is not None:
             errors[pair] = error
         if len(errors) > index and len(errors) == MAX_CONSECUTIVE_FAILURES:
-            return scores, {pair: errors.get(pair, "not tried: all before it failed") for pair in chunk}
+            return scores, {pair: errors.get(pair, NOT_SCORED) for pair in chunk}
     return scores, errors
 
 

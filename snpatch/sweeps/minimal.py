@@ -74,9 +74,9 @@ def find_minimal(
     """
     (donor, *other_donors), (strength, *other_strengths) = config.donors, config.strengths
     if other_donors or other_strengths or config.samples > 1 or any(window.lo for window in config.windows):
-        raise SnpatchError("minimal: windows must be top ks, of one donor, one strength and one sample")
+        raise SnpatchError("minimal: expected windows of top ks, one donor, one strength and one sample")
     if block_layers is not None and block_layers < 1:
-        raise SnpatchError(f"minimal: blocks must have at least one layer, got {block_layers}")
+        raise SnpatchError(f"minimal: blocks: expected at least 1 layer, got {block_layers}")
     check_names(rankings, "a ranking")
     ks = sorted({window.hi for window in config.windows})
     patch_options = {"positions": config.positions, "strength": strength}
@@ -87,13 +87,13 @@ def find_minimal(
         for recipient in config.recipients:
             for name, ranking in rankings.items():
                 patches = {k: Patch(recipient, donor, ranking, k, **patch_options) for k in ks}
-                found = search.find_smallest_window(
+                window_search = search.find_smallest_window(
                     lambda pairs, patches=patches: scorer.score(patches, pairs),
                     ks, unpatched[recipient], unpatched[donor], target=target, confidence=config.confidence,
                 )  # fmt: skip
                 chosen = []
                 if block_layers is not None:
-                    blocks = _split_into_blocks(ranking, found.k or ks[-1], block_layers)
+                    blocks = _split_into_blocks(ranking, window_search.k or ks[-1], block_layers)
 
                     def measure(pairs, recipient=recipient, blocks=blocks):
                         return scorer.score(_join_blocks(pairs, recipient, donor, blocks, patch_options), pairs)
@@ -101,7 +101,7 @@ def find_minimal(
                     chosen = search.find_blocks(
                         measure, list(blocks), unpatched[recipient], unpatched[donor], target=target
                     )
-                results.append(MinimalResult(recipient, donor, name, found, tuple(chosen)))
+                results.append(MinimalResult(recipient, donor, name, window_search, tuple(chosen)))
     return results
 
 

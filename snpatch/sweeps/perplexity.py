@@ -60,7 +60,7 @@ def measure_perplexity(
         progress: Called as `progress(done, total)`.
     """
     if not 2 <= window <= engine.geometry.context:
-        raise SnpatchError(f"perplexity: window must lie in 2..{engine.geometry.context} tokens, got {window}")
+        raise SnpatchError(f"perplexity: window: expected 2..{engine.geometry.context} tokens, got {window}")
     ids = engine.tokenizer(text, verbose=False)["input_ids"]
     has_bos = bos_each_window is True or (bos_each_window == "auto" and _is_gemma(engine))
     windows = split_into_windows(ids, window, engine.tokenizer.bos_token_id if has_bos else None)

@@ -98,9 +98,9 @@ def find_smallest_window(
     test = _SequentialTest(measure, recipient, donor, target, seed)
     ks = list(ks)
     if not ks or ks != sorted(set(ks)) or ks[0] < 0:
-        raise SnpatchError(f"minimal: ks must rise and not be negative, got {ks}")
+        raise SnpatchError(f"minimal: ks: expected rising numbers from 0 on, got {ks}")
     if not 0 < confidence < 1:
-        raise SnpatchError(f"minimal: confidence must lie between 0 and 1, got {confidence}")
+        raise SnpatchError(f"minimal: confidence: expected a value in (0, 1), got {confidence}")
     risk = (1 - confidence) / len(ks)
     low, high, rounds = -1, len(ks), 0  # indices: all up to low are too small, all from high on suffice
     while high - low > 1:
@@ -150,7 +150,7 @@ def find_blocks(
         recipient: See find_smallest_window; so are donor, target and seed.
     """
     if not names or len(set(names)) < len(names):
-        raise SnpatchError(f"minimal: blocks must have a name each, got {list(names)}")
+        raise SnpatchError(f"minimal: blocks: expected a different name for each, got {list(names)}")
     test, chosen = _SequentialTest(measure, recipient, donor, target, seed), []
     while len(chosen) < len(names) and (not chosen or chosen[-1].effect < target):
         before, used_before = tuple(block.name for block in chosen), test.used
@@ -178,7 +178,7 @@ class _SequentialTest:
                 f"{list(donor.shape)}"
             )
         if not 0 < target <= 1:
-            raise SnpatchError(f"minimal: target effect must lie in (0, 1], got {target}")
+            raise SnpatchError(f"minimal: target effect: expected a value in (0, 1], got {target}")
         gap = donor.mean() - recipient.mean()
         if not math.isfinite(gap) or gap == 0:
             raise SnpatchError("minimal: the two models' mean scores are the same: there is nothing to recover")

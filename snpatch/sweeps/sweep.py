@@ -268,8 +268,11 @@ def sweep(
         config: The grid.
         store: A folder that stores completions and scores, so that a killed sweep resumes; or an open Store.
         name: Separates the completions of this sweep in the store from those of other sweeps.
-        max_restarts: Restarts of a crashed engine.
+        max_restarts: Maximum number of restarts after engine crashes.
         progress: Called as `progress(done, total)`.
+
+    Returns:
+        A SweepResult with one row per judge, prompt set and point.
 
     Raises:
         SnpatchError: The grid, a name or a prompt set is invalid, or a judge can score nothing.
@@ -295,7 +298,7 @@ def plan_sweep(engine: Engine, prompts, rankings: Mapping[str, Ranking], config:
     for recipient, donor in product(config.recipients, config.donors):
         models = [engine.requests.model(name) for name in (recipient, donor)]
         if recipient != donor and models[0].fingerprint == models[1].fingerprint:
-            raise SnpatchError(f"sweep: {recipient} and {donor} are the same model by content: no patch can change it")
+            raise SnpatchError(f"sweep: expected two models, got {recipient} and {donor}, which are equal by content")
     sets = name_sets(prompts)
     points, window_notes = build_points(rankings, config)
     notes = [*engine.notes, *window_notes]
@@ -340,14 +343,14 @@ def name_sets(prompts: Sequence[Chat] | Mapping[str, Sequence[Chat]]) -> dict[st
     """Return prompt sets by name. Raise if one is empty."""
     sets = dict(prompts) if isinstance(prompts, Mapping) else {DEFAULT_SET: prompts}
     if not sets or not all(map(len, sets.values())):
-        raise SnpatchError("sweep: needs at least one prompt of each set")
+        raise SnpatchError("sweep: prompts: expected at least one prompt in each set, got none")
     return sets
 
 
 def build_points(rankings: Mapping[str, Ranking], config: SweepConfig) -> tuple[list[Point], list[str]]:
     """Return the points of a sweep, the unpatched models first, and notes about its windows."""
     if not rankings:
-        raise SnpatchError("sweep: needs at least one ranking")
+        raise SnpatchError("sweep: rankings: expected at least one, got none")
     check_names(rankings, "a ranking")
     pairs = [(r, d, s) for r, d, s in product(config.recipients, config.donors, config.strengths) if r != d]
     points, notes = [Point(model) for model in config.models], []
@@ -404,21 +407,21 @@ def _build_rows(
 ) -> list[Row]:
     """Return one row per point."""
     num_neurons = next(math.prod(point.patch.ranking.shape) for point in points if point.patch is not None)
-    unpatched = {point.recipient: own for point, own in zip(points, scores, strict=True) if point.patch is None}
+    unpatched = {point.recipient: values for point, values in zip(points, scores, strict=True) if point.patch is None}
     control_scores: dict[tuple, list[np.ndarray]] = {}
-    for point, own in zip(points, scores, strict=True):
+    for point, point_scores in zip(points, scores, strict=True):
         if point.control_seed is not None:
-            control_scores.setdefault(point.window_key, []).append(own)
+            control_scores.setdefault(point.window_key, []).append(point_scores)
     rows = []
-    for point, point_records, own in zip(points, records, scores, strict=True):
-        compared = [own]
+    for point, point_records, point_scores in zip(points, records, scores, strict=True):
+        compared = [point_scores]
         if point.patch is not None:
             assert isinstance(point.patch.donor, str)  # see build_points
             compared += [unpatched[point.recipient], unpatched[point.patch.donor]]
             if point.control_seed is None and point.window_key in control_scores:
                 compared.append(np.mean(control_scores[point.window_key], axis=0))
         is_complete = ~np.isnan(compared).any(axis=0)
-        figures = _compare(config, *(each[is_complete] for each in compared))
+        figures = _compare(config, *(values[is_complete] for values in compared))
         rows.append(
             Row(
                 judge,
@@ -438,7 +441,7 @@ def _build_rows(
 
 def _compare(
     config: SweepConfig,
-    own: np.ndarray,
+    point_scores: np.ndarray,
     recipient: np.ndarray | None = None,
     donor: np.ndarray | None = None,
     random: np.ndarray | None = None,
@@ -448,13 +451,15 @@ def _compare(
     The other arguments are the scores that it is compared with.
     """
     certainty = {"resamples": config.resamples, "confidence": config.confidence}
-    mean: Interval = interval(np.mean, own, **certainty) if len(own) else UNDEFINED
+    mean: Interval = interval(np.mean, point_scores, **certainty) if len(point_scores) else UNDEFINED
     effect = net = UNDEFINED
     p_vs_unpatched = p_vs_random = None
-    if recipient is not None and donor is not None and len(own):
-        effect, p_vs_unpatched = causal_effect(own, recipient, donor, **certainty), paired_p(own, recipient)
+    if recipient is not None and donor is not None and len(point_scores):
+        effect = causal_effect(point_scores, recipient, donor, **certainty)
+        p_vs_unpatched = paired_p(point_scores, recipient)
         if random is not None:
-            net, p_vs_random = net_effect(own, random, recipient, donor, **certainty), paired_p(own, random)
+            net = net_effect(point_scores, random, recipient, donor, **certainty)
+            p_vs_random = paired_p(point_scores, random)
     return {
         **mean.columns("mean"),
         **effect.columns("effect"),

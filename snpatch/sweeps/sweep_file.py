@@ -27,7 +27,7 @@ from typing import Self
 
 from snpatch.config import EngineConfig, resolve_path
 from snpatch.data.prompt_set import PromptSet
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, unknown_name
 from snpatch.names import check_names
 from snpatch.patching.spec import parse_window
 from snpatch.ranking.window import Window
@@ -77,7 +77,9 @@ class SweepSpec(EvalConfig):
 
     def __post_init__(self) -> None:
         if not self.rankings or not self.set_names or not self.judge_names:
-            raise SnpatchError("needs at least one ranking, one set and one judge")
+            parts = {"rankings": self.rankings, "sets": self.set_names, "judges": self.judge_names}
+            missing = [name for name, values in parts.items() if not values]
+            raise SnpatchError(f"{', '.join(missing)}: expected at least one, got none")
         check_names(self.rankings, "a ranking")
         models = list(self.sweep.models)
         for name, source in self.rankings.items():
@@ -89,7 +91,7 @@ class SweepSpec(EvalConfig):
             self.check_set(name, "sets")
         for name in self.judge_names:
             if name not in self.judges:
-                raise SnpatchError(f"judges: no judge named {name!r}: there are {', '.join(self.judges)}")
+                raise unknown_name("judges: judge", name, self.judges)
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> Self:

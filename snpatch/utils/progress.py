@@ -39,7 +39,7 @@ def open_progress(progress: Progress | bool | None, name: str) -> Iterator[Progr
         return
     from tqdm.auto import tqdm
 
-    with tqdm(desc=name, unit="text", file=sys.stderr) as bar:
+    with tqdm(desc=name, unit="request", file=sys.stderr) as bar:
 
         def update(done: int, total: int) -> None:
             bar.total = total

@@ -47,11 +47,11 @@ def validate(config: "DataclassInstance", name: str = "") -> None:
             continue
         if "choices" in limits and value not in limits["choices"]:
             choices = ", ".join(map(str, limits["choices"]))
-            raise SnpatchError(f"{name}{f.name} must be one of {choices}, got {value!r}", field=f.name)
+            raise SnpatchError(f"{name}{f.name}: expected one of {choices}, got {value!r}", field=f.name)
         if "min" in limits and not value >= limits["min"]:
-            raise SnpatchError(f"{name}{f.name} must be at least {limits['min']}, got {value}", field=f.name)
+            raise SnpatchError(f"{name}{f.name}: expected at least {limits['min']}, got {value}", field=f.name)
         if "max" in limits and not value <= limits["max"]:
-            raise SnpatchError(f"{name}{f.name} must be at most {limits['max']}, got {value}", field=f.name)
+            raise SnpatchError(f"{name}{f.name}: expected at most {limits['max']}, got {value}", field=f.name)
         if "above" in limits and not value > limits["above"]:
             raise SnpatchError(f"{name}{f.name}: expected more than {limits['above']}, got {value}", field=f.name)
         if "below" in limits and not value < limits["below"]:
@@ -153,12 +153,15 @@ def coerce(value: object, hint: Any, context: str) -> Any:
         return value
     for kind, base in zip(kinds, bases, strict=True):
         if base is tuple:
-            *each, last = get_args(kind)
+            *item_kinds, last = get_args(kind)
             if last is Ellipsis:
                 items = tuple(value) if isinstance(value, list | tuple) else (value,)
-                return tuple(coerce(item, each[0], context) for item in items)
-            if isinstance(value, list | tuple) and len(value) == len(each) + 1:
-                return tuple(coerce(one, wanted, context) for one, wanted in zip(value, (*each, last), strict=True))
+                return tuple(coerce(item, item_kinds[0], context) for item in items)
+            item_kinds.append(last)
+            if isinstance(value, list | tuple) and len(value) == len(item_kinds):
+                return tuple(
+                    coerce(item, item_kind, context) for item, item_kind in zip(value, item_kinds, strict=True)
+                )
         elif isinstance(base, type) and is_dataclass(base) and isinstance(value, Mapping):
             return from_dict(base, context, value)
     names = " or ".join(_type_name(kind) for kind in kinds if kind is not NoneType)
@@ -191,10 +194,10 @@ def _hint_schema(hint: Any) -> dict:
     if isinstance(hint, UnionType):
         return {"anyOf": [_hint_schema(kind) for kind in get_args(hint)]}
     if get_origin(hint) is tuple:
-        *each, last = get_args(hint)
+        *item_hints, last = get_args(hint)
         if last is Ellipsis:
-            return {"type": "array", "items": _hint_schema(each[0])}
-        items = [_hint_schema(one) for one in (*each, last)]
+            return {"type": "array", "items": _hint_schema(item_hints[0])}
+        items = [_hint_schema(item_hint) for item_hint in (*item_hints, last)]
         return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
     return json_schema(hint) if isinstance(hint, type) and is_dataclass(hint) else {"type": JSON_TYPES[hint]}
 

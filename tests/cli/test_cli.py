@@ -67,7 +67,7 @@ def test_contrast_given_completions_equals_generated_ones(capsys, prompts, tmp_p
     completions_file.write_text('{"completion": "kuze"}\n')
     code, _, err = run(capsys, "contrast", *common, *pair, "-o", second_ranking, "--completions", completions_file)
     assert code == 2
-    assert "12 prompts and 1 completions" in err
+    assert "expected one completion for each of 12 prompts, got 1" in err
     code, _, err = run(
         capsys,
         "contrast",
@@ -82,7 +82,7 @@ def test_contrast_given_completions_equals_generated_ones(capsys, prompts, tmp_p
     )
     assert (code, err) == (
         2,
-        "snpatch: error: --completions is for --positions completion or completion_shifted, got prompt\n",
+        "snpatch: error: --completions: expected --positions completion or completion_shifted, got prompt\n",
     )
     meta = Ranking.load(first_ranking).meta
     assert (meta["empty"], meta["data"]["rows"], meta["data"]["path"]) == (0, 12, str(prompts))
@@ -240,7 +240,7 @@ BAD = {
     "missing adapter": (lambda t: {"adapters": ["-a", f"sft={t}/no", "-a", f"dpo={DPO}"]}, "no: no such folder"),
     "adapter for a wider model": (
         adapter(damage(ADAPTER, lambda t: t.update({IA3.format(0): torch.ones(1, 353)}))),
-        r"must be \[1, 352\] for this model, got \[1, 353\]",
+        r"expected \[1, 352\] for this model, got \[1, 353\]",
     ),
     "adapter for a deeper model": (
         adapter(damage(ADAPTER, lambda t: t.update({IA3.format(4): torch.ones(1, 352)}))),
@@ -252,34 +252,37 @@ BAD = {
     ),
     "NaN in an adapter": (adapter(damage(ADAPTER, set_nan(IA3.format(1)))), "holds NaN"),
     "adapter option without a name": (lambda t: {"adapters": ["-a", SFT]}, "--adapter: expected name=folder"),
-    "ranking of another shape": (other_shape, r"ranking is for a model of \[3, 352\], this one is \[4, 352\]"),
-    "NaN in scores": (nan_scores, "scores is not finite at layer 2, neuron 5"),
+    "ranking of another shape": (other_shape, r"ranking: expected the model's shape \[4, 352\], got \[3, 352\]"),
+    "NaN in scores": (nan_scores, "scores: expected finite values, got nan at layer 2, neuron 5"),
     "missing ranking": (lambda t: {"ranking": str(t / "r.safetensors")}, "r.safetensors: no such file"),
     "window outside the ranking": (lambda t: {"window": "1409"}, "reaches past the ranking's 1408 neurons"),
     "window the wrong way round": (lambda t: {"window": "9:5"}, r"expected 0 <= lo <= hi, got \[9, 5\)"),
-    "window that is no number": (lambda t: {"window": "many"}, "'many' is not a number"),
-    "unknown model name": (lambda t: {"recipient": "tulu"}, "no model named 'tulu': there are base, sft, dpo"),
-    "unknown donor name": (lambda t: {"donor": "tulu"}, "no model named 'tulu'"),
+    "window that is no number": (lambda t: {"window": "many"}, "expected a number, got 'many'"),
+    "unknown model name": (lambda t: {"recipient": "tulu"}, "model: expected one of base, sft, dpo, got 'tulu'"),
+    "unknown donor name": (lambda t: {"donor": "tulu"}, "got 'tulu'"),
     "donor without its moments": (lambda t: {"donor": "mean:donor"}, "the ranking holds no donor_mean"),
-    "unknown place": (lambda t: {"more": ["--positions", "somewhere"]}, "positions must be one of"),
-    "missing prompts": (lambda t: {"prompts": str(t / "p.jsonl")}, "p.jsonl: no such file"),
-    "no prompt": (empty_file, "holds no prompt"),
+    "unknown place": (lambda t: {"more": ["--positions", "somewhere"]}, "positions: expected one of"),
+    "missing prompts": (lambda t: {"prompts": str(t / "p.jsonl")}, "p.jsonl: expected a file or a dataset"),
+    "no prompt": (empty_file, "expected prompts, got none"),
     "broken JSON": (bad_jsonl('{"prompt": "half'), "bad.jsonl, line 3: not JSON"),
     "row without a prompt": (bad_jsonl('{"text": "x"}'), "line 3: expected an object with prompt or messages"),
-    "prompt that is no text": (bad_jsonl('{"prompt": 7}'), "line 3: prompt must be a text"),
-    "broken messages": (bad_jsonl('{"messages": [{"role": "user"}]}'), "line 3: messages must be a list"),
-    "prompt past the context": (long_prompt, "prompt 0 has .* tokens, the model's context holds 512"),
+    "prompt that is no text": (bad_jsonl('{"prompt": 7}'), "line 3: prompt: expected a non-empty string"),
+    "broken messages": (bad_jsonl('{"messages": [{"role": "user"}]}'), "line 3: messages: expected a list"),
+    "prompt past the context": (long_prompt, "prompt 0: expected at most .* tokens for a context of 512, got"),
     "unwritable output": (blocked_output, "cannot write .*out.jsonl"),
     "a ranking without a donor": (
         lambda t: {"donor": None},
-        "--donor: expected with --ranking, --window, got none. Pass --donor",
+        "--donor: expected with --ranking, --window, got none. Pass --donor.",
     ),
-    "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype must be one of auto, float32"),
+    "unknown dtype": (lambda t: {"more": ["--dtype", "float99"]}, "dtype: expected one of auto, float32"),
     "a GPU that is not there": (lambda t: {"more": ["--device", "cuda:77"]}, "device 'cuda:77': "),
-    "a place that is no number": (lambda t: {"more": ["--positions", "--5"]}, "positions must be one of"),
-    "a position past the text": (lambda t: {"more": ["--positions", "500"]}, "positions=500 is past the"),
+    "a place that is no number": (lambda t: {"more": ["--positions", "--5"]}, "positions: expected one of"),
+    "a position past the text": (
+        lambda t: {"more": ["--positions", "500"]},
+        "positions: expected less than the maximum of .* tokens, got 500",
+    ),
     "prompts that are not text": (not_utf8, "latin.jsonl, line 1: not UTF-8"),
-    "bad sampling": (lambda t: {"more": ["--top-p", "0"]}, r"top_p must lie in \(0, 1\], got 0.0"),
+    "bad sampling": (lambda t: {"more": ["--top-p", "0"]}, r"top_p: expected a value in \(0, 1\], got 0.0"),
 }
 
 
@@ -309,7 +312,7 @@ def test_process_invalid_input_exits_with_2(tmp_path):
     command = [sys.executable, "-m", "snpatch.cli", "generate", str(tmp_path / "no"), str(tmp_path / "p.jsonl")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: no such file")
+    assert result.stderr.startswith(f"snpatch: error: {tmp_path}/p.jsonl: expected a file or a dataset")
     assert result.stderr.count("\n") == 1
 
 
@@ -326,7 +329,7 @@ def test_unknown_option_is_refused(capsys, prompts):
 def test_donor_without_ranking_or_window_names_the_missing_option(capsys, prompts, options, missing):
     code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", *options)
     assert code == 2
-    assert f"--donor: expected {missing} with it, got none. Pass {missing}\n" in err
+    assert f"--donor: expected {missing} with it, got none. Pass {missing}.\n" in err
 
 
 def test_help_and_guide_say_that_the_last_layer_is_not_ranked(capsys):

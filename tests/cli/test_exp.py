@@ -109,11 +109,11 @@ def test_sweep_file_is_run_resumed_and_exported(capsys, prompts, ranking, tmp_pa
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"windows": []}, [], "at least one window"),
-        ({"windows": ["many"]}, [], "a window: 'many' is not a number"),
-        ({"recipients": ["tulu"]}, [], "no model named 'tulu'"),
-        ({"sets": ["none"]}, [], "sets: no set named 'none': there are few, more"),
-        ({"judges": ["none"]}, [], "judges: no judge named 'none'"),
+        ({"windows": []}, [], "windows: expected at least one value"),
+        ({"windows": ["many"]}, [], "a window: expected a number, got 'many'"),
+        ({"recipients": ["tulu"]}, [], "got 'tulu'"),
+        ({"sets": ["none"]}, [], "sets: prompt set: expected one of few, more, got 'none'"),
+        ({"judges": ["none"]}, [], "judges: judge: expected one of cost, refused, got 'none'"),
         ({"strength": 1}, [], "sweep: unknown key strength"),
         ({"samples": 2}, [], "several samples of a prompt need a temperature above 0"),
         ({}, ["-k", "3"], "--windows: expected no --windows with a sweep file"),
@@ -130,7 +130,7 @@ def test_invalid_sweep_file_is_rejected_in_one_line(capsys, prompts, ranking, tm
 def test_sweep_by_flags_names_missing_options(capsys, prompts, ranking, tmp_path):
     code, _, err = run(capsys, "sweep", MODEL, prompts, *PAIR, "--ranking", ranking, "-o", tmp_path / "out")
     assert (code, err.splitlines()[-1]) == (
-        2, "snpatch: error: a sweep without a file needs --donor, --recipient, --windows, --judge"
+        2, "snpatch: error: sweep: expected a sweep file or --donor, --recipient, --windows, --judge, got neither."
     )  # fmt: skip
     code, _, err = run(capsys, "sweep", "status", tmp_path)
     assert (code, "holds no sweep" in err) == (2, True)
@@ -139,15 +139,15 @@ def test_sweep_by_flags_names_missing_options(capsys, prompts, ranking, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["exp", "nothing", "-c", "demo"], "no experiment named 'nothing': there are curve"),
-        (["exp", "curve", "-c", "nowhere"], "config nowhere: no such file"),
-        (["exp", "curve", "neuron_tokens", "-c", "demo", "--set", "k=[1]"], "--set is for one experiment"),
+        (["exp", "nothing", "-c", "demo"], "experiment: expected one of curve"),
+        (["exp", "curve", "-c", "nowhere"], "config nowhere: expected a file or one of demo, got neither"),
+        (["exp", "curve", "neuron_tokens", "-c", "demo", "--set", "k=[1]"], "--set: expected one experiment, got 2"),
         (["exp", "curve", "-c", "demo", "--set", "k"], "--set: expected name=value, got 'k'"),
         (
             ["exp", "neuron_tokens", "-c", "demo", "--set", "neurons=0", "--backend", "transformers", "--limit", "2"],
             "at least 1",
         ),
-        (["exp", "curve", "-c", "demo", "--backend", "jax"], "backend must be one of"),
+        (["exp", "curve", "-c", "demo", "--backend", "jax"], "backend: expected one of"),
         (["exp", "curve"], "--config: expected an experiment config, got none"),
     ],
 )
@@ -248,7 +248,7 @@ def test_summary_contains_tables_of_one_config_and_its_settings(capsys, config, 
     config.write_text(text.replace("sft", "one").replace("adapters/one", "adapters/sft"))
     err, names, _ = exp("neuron_tokens")
     assert names == ["neuron_tokens"]
-    assert "curve.json is left out of report.md: of another config: no model named 'sft'" in err
+    assert "curve.json is left out of report.md: of another config: model: expected one of " in err
     (out / "curve.json").write_text("nothing")
     assert exp("neuron_tokens")[1] == ["neuron_tokens"]
 
@@ -301,7 +301,7 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
     assert code == 0, err
     rows = json.loads(out_text)["tables"]["minimal"]
     (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
-    assert "smallest top k of the grid" in json.loads(out_text)["headline"][0]
+    assert "is the smallest k on the grid" in json.loads(out_text)["headline"][0]
     assert {row["block"] for row in json.loads(out_text)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
     code, out_text, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err

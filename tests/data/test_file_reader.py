@@ -45,11 +45,11 @@ def test_jsonl_with_bom_blanks_and_line_ends_is_read(tmp_path):
         (b'{"prompt": "half', "not JSON"),
         ('{"prompt": "café"}'.encode("latin-1"), "not UTF-8"),
         ('{"prompt": "a"}'.encode("utf-16"), "not UTF-8"),
-        (b'{"prompt": "\\ud800"}', "prompt holds half a surrogate pair"),
+        (b'{"prompt": "\\ud800"}', "prompt: expected UTF-8, got half a surrogate pair"),
         (b"[" * 100_000, "not JSON"),
-        (b'{"prompt": 7}', "prompt must be a text that is not empty, got 7"),
-        (b'{"prompt": " "}', "prompt must be a text that is not empty, got ' '"),
-        (b'{"messages": "hi"}', "messages must be a list of role and content, got 'hi'"),
+        (b'{"prompt": 7}', "prompt: expected a non-empty string, got 7"),
+        (b'{"prompt": " "}', "prompt: expected a non-empty string, got ' '"),
+        (b'{"messages": "hi"}', "messages: expected a list of role and content, got 'hi'"),
         (b'{"messages": []}', "expected turns with a user turn"),
         (b'{"text": "x"}', "expected an object with prompt or messages"),
         (b'"x"', "expected an object with prompt or messages"),
@@ -89,11 +89,11 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
         ("p.csv", b'prompt\n"a"b\n', r"p\.csv, line 2: not CSV"),
         ("p.csv", b"text,id\na,1\n", r"p\.csv: expected the columns prompt or messages, got text, id"),
         ("p.csv", b"prompt,prompt\na,b\n", r"p\.csv: two columns have one name"),
-        ("p.csv", b"", r"p\.csv: holds no prompt"),
+        ("p.csv", b"", r"p\.csv: expected prompts, got none"),
         ("p.raw", b"a\nb\n", r"p\.raw: expected the columns prompt or messages, got text"),
         ("p.json", b'\n[{"prompt": "a"},\n{"prompt": }]', r"p\.json: not JSON: .* line 3"),
-        ("p.jsonl", b"\n\n", r"p\.jsonl: holds no prompt \(0 rows, 0 of them bad\)"),
-        ("p.jsonl", b"{}\n{}\n", r"p\.jsonl: holds no prompt \(2 rows, 2 of them bad\)"),
+        ("p.jsonl", b"\n\n", r"p\.jsonl: expected prompts, got none in 0 rows \(0 invalid\)"),
+        ("p.jsonl", b"{}\n{}\n", r"p\.jsonl: expected prompts, got none in 2 rows \(2 invalid\)"),
         ("p.jsonl.gz", gzip.compress(lines(build_rows(999)))[:-40], r"p\.jsonl\.gz: cannot be read"),
         ("p.jsonl.gz", lines(build_rows(9)), r"p\.jsonl\.gz: cannot be read"),
         ("p.jsonl.xz", lzma.compress(lines(build_rows(999)))[:-40], r"p\.jsonl\.xz: cannot be read"),
@@ -106,14 +106,14 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
 )
 def test_damaged_file_raises_even_with_skip_invalid(tmp_path, name, content, message):
     path = write_file(tmp_path, name, content)
-    for skip_invalid in (True,) if "2 of them bad" in message else (True, False):
+    for skip_invalid in (True,) if "2 invalid" in message else (True, False):
         with pytest.raises(SnpatchError, match=message):
             load_dataset(path, skip_invalid=skip_invalid)
 
 
 def test_parquet_row_numbers_continue_over_row_groups(tmp_path):
     path = write_file(tmp_path, "p.parquet", parquet([*build_rows(70_000), {"prompt": None}]))
-    with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt must be a text that is not empty, got None"):
+    with pytest.raises(SnpatchError, match=r"p\.parquet, row 70001: prompt: expected a non-empty string, got None"):
         load_dataset(path)
     assert load_dataset(path, skip_invalid=True).examples[-1].meta["row"] == 70_000
 
@@ -158,14 +158,20 @@ def test_folder_split_selects_files(tmp_path):
 def test_conflicting_load_arguments_are_rejected(tmp_path):
     path = write(tmp_path, "p", ".jsonl", build_rows(2))
     for arguments, message in (
-        ({"source": "beavertail"}, r"beavertail: no such file, nor a set of that name \(beavertails, hh-harmless,"),
+        ({"source": "beavertail"}, r"beavertail: expected a file or a dataset \(beavertails, hh-harmless,"),
         ({"source": path, "format": "beavertail"}, "format: expected one of beavertails, .* got 'beavertail'"),
-        ({"source": path, "format": "lima", "column": "prompt"}, "column: lima has its own columns, got 'prompt'"),
+        (
+            {"source": path, "format": "lima", "column": "prompt"},
+            "column: expected none with format lima, which has its own, got 'prompt'",
+        ),
         ({"source": path, "split": "test"}, r"p\.jsonl: split chooses among the files of a folder"),
-        ({"source": path, "revision": "main"}, "revision is for sets from the hub, this is a path"),
-        ({"source": "lima", "format": "lima"}, r"lima: format and column are for files; .* \(a file: \./lima\)"),
-        ({"source": "lima", "column": "x"}, "lima: format and column are for files"),
-        ({"source": tmp_path / "nothing"}, "nothing: no such file"),
+        ({"source": path, "revision": "main"}, "expected a dataset name with revision, got a path"),
+        (
+            {"source": "lima", "format": "lima"},
+            r"lima: expected a file with format and column.* Write \./lima for a file",
+        ),
+        ({"source": "lima", "column": "x"}, "lima: expected a file with format and column"),
+        ({"source": tmp_path / "nothing"}, "nothing: expected a file or a dataset"),
     ):
         with pytest.raises(SnpatchError, match=message):
             load_dataset(**arguments)
@@ -196,8 +202,8 @@ def test_messages_and_answers_of_any_file_are_read(tmp_path):
     assert data.conversations() == [{"messages": turns("a", "b", "c", "d")}, {"messages": turns("a", "b")}]
     for row, message in (
         ({"messages": turns("a", "b") + turns("", "c")[1:]}, "expected nothing but one assistant turn after the last"),
-        ({"prompt": "a", "chosen": user("b")}, "chosen must be a text or one assistant turn"),
-        ({"prompt": "a", "response": 7}, "response must be a text, got 7"),
+        ({"prompt": "a", "chosen": user("b")}, "chosen: expected a string or one assistant turn"),
+        ({"prompt": "a", "response": 7}, "response: expected a string, got 7"),
     ):
         with pytest.raises(SnpatchError, match=f"line 1: {message}"):
             load_dataset(write(tmp_path, "m", ".jsonl", [row]))
@@ -222,12 +228,12 @@ def test_sample_is_reproducible_without_replacement(tmp_path):
     assert sample.fingerprint != data.fingerprint == sample.source["sha256"]
     assert sample.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
     assert (len(data.first(3)), len(data.first(99)), texts(data.first(2))) == (3, 10, ["p0", "p1"])
-    with pytest.raises(SnpatchError, match="cannot take the first 0"):
+    with pytest.raises(SnpatchError, match="first: expected at least 1 example, got 0"):
         data.first(0)
-    with pytest.raises(SnpatchError, match="seed must be at least 0"):
+    with pytest.raises(SnpatchError, match="seed: expected 0"):
         data.sample(1, seed=-1)
     for n in (11, 0, -1):
-        with pytest.raises(SnpatchError, match=rf"p\.jsonl: cannot draw {n} examples, it has 10"):
+        with pytest.raises(SnpatchError, match=rf"p\.jsonl: sample: expected 1\.\.10 examples, got {n}"):
             data.sample(n, seed=1)
 
 

@@ -70,11 +70,11 @@ def test_dataset_from_each_kind_of_file_gives_same_examples(tmp_path, name, kind
     assert (data.name, data.skipped, data.source["rows"]) == (name, 0, len(ROWS[name]))
     if name == "wikitext-2":
         assert data.text == "\n\n".join(row["text"] for row in ROWS[name])
-        with pytest.raises(SnpatchError, match="wikitext-2 is a text: it has no prompts"):
+        with pytest.raises(SnpatchError, match="wikitext-2: expected prompts, got running text"):
             data.prompts  # noqa: B018
     else:
         assert data.prompts == [user(text) for text in PROMPTS[name]]
-        with pytest.raises(SnpatchError, match=f"{name} holds prompts: it is not a text"):
+        with pytest.raises(SnpatchError, match=f"{name}: expected running text, got prompts"):
             data.text  # noqa: B018
 
 
@@ -185,7 +185,7 @@ def test_preference_datasets_give_chosen_and_rejected(tmp_path):
     assert safe.prompts == [user("Insult me")]
     assert safe.source["selection"] == ["subset in 'refusals-offensive', 'donotanswer'"]
     assert safe.pairs()[0]["rejected"] == turns("", "You fool")[1:]
-    with pytest.raises(SnpatchError, match="reward-bench: no example has subset in 'safety'"):
+    with pytest.raises(SnpatchError, match="reward-bench: filter: expected examples with subset in 'safety', got none"):
         data.filter("subset", "safety")
     data = load_dataset(write(tmp_path, "stack", ".json", ROWS["stack-exchange"]), format="stack-exchange")
     assert data.pairs()[1] == {
@@ -196,9 +196,9 @@ def test_preference_datasets_give_chosen_and_rejected(tmp_path):
 
 
 BROKEN = {
-    "empty prompt": ("beavertails", tails(" \n", "x", True), "prompt must be a text that is not empty, got ' "),
-    "label that is no label": ("beavertails", tails("p", "x", 1), "is_safe must be true or false"),
-    "no response": ("beavertails", tails("p", None, True), "response must be a text, got None"),
+    "empty prompt": ("beavertails", tails(" \n", "x", True), "prompt: expected a non-empty string, got ' "),
+    "label that is no label": ("beavertails", tails("p", "x", 1), "is_safe, category: expected true or false"),
+    "no response": ("beavertails", tails("p", None, True), "response: expected a string, got None"),
     "column of another set": (
         "beavertails",
         {"prompt": "p"},
@@ -210,26 +210,34 @@ BROKEN = {
     "transcript that is a number": (
         "red-team-attempts",
         attempt(["a"], 1.0),
-        r"transcript must be a text .* got \['a'\]",
+        r"transcript: expected a .*string, got \['a'\]",
     ),
-    "empty behavior": ("harmbench", {"Behavior": ""}, "Behavior must be a text that is not empty"),
-    "question that is a number": ("jailbreak-llms", {"question": 7}, "question must be a text .* got 7"),
-    "no turns": ("lima", {"conversations": []}, r"conversations must be a list of texts .* got \[\]"),
-    "turn that is no text": ("lima", {"conversations": ["a", 7]}, "conversations must be a text .* got 7"),
-    "turns without a speaker": ("sharegpt", {"conversations": [{"value": "x"}]}, "must be a list of from and value"),
-    "turns that are a text": ("sharegpt", {"messages": "hi"}, "messages must be a list of role and content, got 'hi'"),
-    "turn without content": ("sharegpt", {"messages": [{"role": "user"}]}, "role and content, each a text"),
-    "text that is none": ("wikitext-2", {"text": None}, "text must be a text, got None"),
-    "no second answer": ("shp", shp("a", "b", "", 1), "human_ref_B must be a text that is not empty"),
-    "no preference": ("shp", shp("a", "b", "c", 2), "labels must be 0 or 1, got 2"),
-    "no rejected answer": ("reward-bench", bench("a", "b", None, "s"), "rejected must be a text .* got None"),
-    "no better answer": ("stack-exchange", stack("a", " ", "c"), "chosen must be a text that is not empty, got ' '"),
+    "empty behavior": ("harmbench", {"Behavior": ""}, "Behavior: expected a non-empty string"),
+    "question that is a number": ("jailbreak-llms", {"question": 7}, "question: expected a .*string, got 7"),
+    "no turns": ("lima", {"conversations": []}, r"conversations: expected a non-empty list of strings, got \[\]"),
+    "turn that is no text": ("lima", {"conversations": ["a", 7]}, "conversations: expected a .*string, got 7"),
+    "turns without a speaker": ("sharegpt", {"conversations": [{"value": "x"}]}, "expected a list of from and value"),
+    "turns that are a text": (
+        "sharegpt",
+        {"messages": "hi"},
+        "messages: expected a list of role and content, got 'hi'",
+    ),
+    "turn without content": ("sharegpt", {"messages": [{"role": "user"}]}, "role and content, each a string"),
+    "text that is none": ("wikitext-2", {"text": None}, "text: expected a string, got None"),
+    "no second answer": ("shp", shp("a", "b", "", 1), "human_ref_B: expected a non-empty string"),
+    "no preference": ("shp", shp("a", "b", "c", 2), "labels: expected 0 or 1, got 2"),
+    "no rejected answer": ("reward-bench", bench("a", "b", None, "s"), "rejected: expected a .*string, got None"),
+    "no better answer": ("stack-exchange", stack("a", " ", "c"), "chosen: expected a non-empty string, got ' '"),
     "no question": (
         "stack-exchange",
         {"chosen": "b", "rejected": "c"},
         "expected an object with question, chosen, rej",
     ),
-    "half a surrogate pair": ("reward-bench", bench("a\ud800", "b", "c", "s"), "prompt holds half a surrogate pair"),
+    "half a surrogate pair": (
+        "reward-bench",
+        bench("a\ud800", "b", "c", "s"),
+        "prompt: expected UTF-8, got half a surrogate pair",
+    ),
     "row that is no object": ("reward-bench", ["a", "b"], "expected an object with prompt, chosen, rejected, subset"),
 }
 
@@ -305,7 +313,7 @@ def test_split_and_revision_are_passed_to_hub(hub):
 def test_invalid_hub_rows_are_named_or_counted(hub):
     rows, _ = hub
     rows += [*ROWS["shp"], shp("a", "b", "c", 3)]
-    with pytest.raises(SnpatchError, match="stanfordnlp/SHP, test, row 3: labels must be 0 or 1"):
+    with pytest.raises(SnpatchError, match="stanfordnlp/SHP, test, row 3: labels: expected 0 or 1"):
         load_dataset("shp")
     assert load_dataset("shp", skip_invalid=True).skipped == 1
     rows[:] = ROWS["lima"]

@@ -195,11 +195,14 @@ def test_conversations_without_pair_are_counted(tmp_path, chosen, rejected, why)
             {"chosen": turns("Q", "A"), "rejected": turns("P", "B")},
             "begin with different turns, and there is no prompt",
         ),
-        ({"chosen": "A", "rejected": "B"}, "chosen and rejected hold no prompt"),
-        ({"chosen": turns("Q", "A"), "rejected": "B"}, "must be of one form"),
+        (
+            {"chosen": "A", "rejected": "B"},
+            "chosen and rejected: expected conversations that begin with the same prompt",
+        ),
+        ({"chosen": turns("Q", "A"), "rejected": "B"}, "expected the same form"),
         (
             {"prompt": "Q", "chosen": turns("Q", "A", "R"), "rejected": "B"},
-            "chosen must be a text or one assistant turn",
+            "chosen: expected a string or one assistant turn",
         ),
         ({"prompt": "P", "chosen": turns("Q", "A"), "rejected": turns("Q", "B")}, "do not both begin with the prompt"),
         ({"prompt": "P", "messages": turns("Q", "A")}, "messages begin with another text than prompt"),
@@ -261,7 +264,7 @@ def test_filter_accepts_values_as_json_strings(tmp_path):
     rows = [{"prompt": p, "is_safe": safe, "n": n} for p, safe, n in (("a", True, 1), ("b", False, 2))]
     data = load_dataset(write(tmp_path, "b", ".jsonl", rows))
     assert data.filter("is_safe", "true").prompts == data.filter("n", "1").prompts == [user("a")]
-    with pytest.raises(SnpatchError, match="no example has a column safe: there are is_safe, n"):
+    with pytest.raises(SnpatchError, match="filter: expected one of the columns is_safe, n"):
         data.filter("safe", "true")
 
 
@@ -279,9 +282,9 @@ def test_completions_of_other_prompts_are_rejected(tmp_path):
         SnpatchError, match=r"c\.jsonl, line 2: expected the completion of the prompt 'three', .* 'two'"
     ):
         read_completions(path, 3, shifted)
-    with pytest.raises(SnpatchError, match=r"c\.jsonl: 3 prompts and 4 completions"):
+    with pytest.raises(SnpatchError, match=r"c\.jsonl: expected one completion for each of 3 prompts, got 4"):
         read_completions(path, None, chats[:3])
-    with pytest.raises(SnpatchError, match="5 prompts and 4 completions"):
+    with pytest.raises(SnpatchError, match="expected one completion for each of 5 prompts, got 4"):
         read_completions(path, None, [*chats, user("five")])
 
 
@@ -299,7 +302,7 @@ def test_completions_of_conversations_are_compared_by_messages(tmp_path):
     for row in ({"prompt": "Q", "completion": "B"}, {"messages": turns("Q", "X", "R"), "completion": "B"}):
         with pytest.raises(SnpatchError, match="line 1: expected the completion of the prompt 'R'"):
             read_completions(write(tmp_path, "c", ".jsonl", [row]), None, [chat])
-    with pytest.raises(SnpatchError, match="line 1: prompt must be a text that is not empty, got 7"):
+    with pytest.raises(SnpatchError, match="line 1: prompt: expected a non-empty string, got 7"):
         read_completions(write(tmp_path, "c", ".jsonl", [{"prompt": 7, "completion": "B"}]), None, [chat])
 
 
@@ -374,7 +377,7 @@ def test_folder_saved_by_datasets_library_is_read(tmp_path):
 
 
 def test_parquet_bytes_are_rejected_as_text(tmp_path):
-    with pytest.raises(SnpatchError, match=r"row 1: prompt must be a text that is not empty, got b'a'"):
+    with pytest.raises(SnpatchError, match=r"row 1: prompt: expected a non-empty string, got b'a'"):
         load_dataset(write(tmp_path, "p", ".parquet", [{"prompt": b"a"}]))
 
 

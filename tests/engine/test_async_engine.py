@@ -166,7 +166,7 @@ def test_deltas_exclude_stop_strings(results):
 
 
 def test_generate_invalid_input_raises_at_call(results):
-    assert "no model named 'nobody'" in results["no such model"]
+    assert "got 'nobody'" in results["no such model"]
     assert "n: expected 1, got" in results["n"]
 
 
@@ -179,5 +179,5 @@ def test_vllm_death_raises_for_waiting_callers(results):
 
 
 def test_async_engine_requires_vllm_backend(results):
-    with pytest.raises(SnpatchError, match="AsyncEngine runs in vLLM"):
+    with pytest.raises(SnpatchError, match="AsyncEngine: expected the vllm backend, got transformers"):
         AsyncEngine(results["tiny_model"].folder, backend="transformers")

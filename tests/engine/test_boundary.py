@@ -29,8 +29,9 @@ def requests():
     return Requests([ChatTemplate("tulu", tokenizer)], geometry, {"base": model}, Notes())
 
 
-KIND = "expected a text, a chat .a list of role and content. or a list of token ids"
-IDS = r"token ids must be integers in 0\.\."
+KIND = "expected a string, a chat .a list of role and content. or a list of token ids"
+HALF_PAIR = "expected valid Unicode, got half of a surrogate pair"
+IDS = r"expected token ids in 0\.\."
 NO_PROMPT = [
     (b"the cat", KIND), (bytearray(b"a"), KIND), (np.bytes_(b"a"), KIND), ({"the cat": 1}, KIND), (None, KIND),
     (float("nan"), KIND), (3, KIND), (True, KIND), ({1, 2}, KIND), ((i for i in [1]), KIND), (["a", "b"], KIND),
@@ -38,16 +39,16 @@ NO_PROMPT = [
     (collections.UserDict(role="user", content="a"), KIND), (object(), KIND),
     ([True, 1], IDS), ([1.0, 2], IDS), ([1, -1], IDS), ([1, None], IDS), ([10**9], IDS), ([b"a"], IDS),
     ([np.float32(1)], IDS), (np.array([1.0]), IDS), (torch.tensor([1.0]), IDS), (torch.tensor([True]), IDS),
-    (HALF, "holds half of a surrogate pair"),
-    ([{"role": "user", "content": HALF}], "message 0 holds half of a surrogate pair"),
-    ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], "message 0 holds half of a surrogate pair"),
-    ([{"role": HALF, "content": "a"}], "message 0 holds half of a surrogate pair"),
+    (HALF, HALF_PAIR),
+    ([{"role": "user", "content": HALF}], HALF_PAIR),
+    ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], HALF_PAIR),
+    ([{"role": HALF, "content": "a"}], HALF_PAIR),
     ([{"role": "user", "content": None}], "message 0: expected content"),
     ([{"role": "user"}], "message 0: expected content"),
     ([{"role": "user", "content": 3}], "message 0: expected content"),
     ([{"content": "a"}], "message 0: expected a table with role and content"),
     ([{"role": "user", "content": "a"}, 3], "message 1: expected a table with role and content"),
-    ([], "has no tokens"),
+    ([], "expected at least one token"),
 ]  # fmt: skip
 
 
@@ -84,16 +85,16 @@ NO_LIST = [TEXT, b"a", {"a": 1}, {"a", "b"}, (x for x in ["a"]), None, 3, float(
 
 @pytest.mark.parametrize("prompts", NO_LIST, ids=lambda value: type(value).__name__)
 def test_encode_without_list_is_one_line(requests, prompts):
-    with pytest.raises(SnpatchError, match="prompts must be a list; got "):
+    with pytest.raises(SnpatchError, match="prompts: expected a list, got "):
         requests.encode(prompts, "base")
-    with pytest.raises(SnpatchError, match="completions must be a list; got "):
+    with pytest.raises(SnpatchError, match="completions: expected a list, got "):
         requests.completions(prompts, 1)
 
 
 @pytest.mark.parametrize(
     ("completion", "message"),
-    [(b"a", "expected a text or a list of token ids"), (None, "expected a text"), ({"a": 1}, "expected a text"),
-     (3, "expected a text"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
+    [(b"a", "expected a string or a list of token ids"), (None, "expected a string"), ({"a": 1}, "expected a string"),
+     (3, "expected a string"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
     ids=lambda value: ascii(value)[:40],
 )  # fmt: skip
 def test_completions_invalid_is_one_line(requests, completion, message):
@@ -111,10 +112,13 @@ NO_SAMPLING = [
     *(({"seed": value}, WHOLE) for value in (1.5, "3", True, b"1")),
     *(({name: value}, NUMBER) for name in ("temperature", "top_p") for value in (None, "0.7", True, [1], 1j)),
     *(({name: value}, FLAG) for name in ("ignore_eos", "logprobs") for value in (None, 1, "yes")),
-    *(({"stop": value}, "expected a text or a list of texts") for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)),
+    *(
+        ({"stop": value}, "expected a string or a list of strings")
+        for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)
+    ),
     *(({"vllm": value}, "expected a mapping") for value in (None, [1], {1: 2})),
-    *(({"temperature": value}, "must be 0 .greedy. or at least") for value in (float("nan"), float("inf"), -1)),
-    ({"top_p": float("nan")}, "must lie in"),
+    *(({"temperature": value}, "expected 0 .greedy. or at least") for value in (float("nan"), float("inf"), -1)),
+    ({"top_p": float("nan")}, "expected a value in"),
 ]
 
 
@@ -143,9 +147,9 @@ def test_encode_accepts_rows_of_files(requests):
     ("prompts", "message"),
     [
         ([{"role": "user", "content": TEXT}], r"one message of a chat\. Wrap the chat in a list"),
-        ({"prompt": TEXT}, r"prompts must be a list; got one row .*Wrap it in a list"),
+        ({"prompt": TEXT}, r"prompts: expected a list, got one row .*Wrap it in a list"),
         ([{"question": TEXT}], "or a row with messages or prompt; got {'question'"),
-        ([{"prompt": 3}], "expected a text, a chat"),
+        ([{"prompt": 3}], "expected a string, a chat"),
         ([{"messages": [{"role": "user"}]}], "message 0: expected content"),
     ],
 )
@@ -162,7 +166,7 @@ def test_plain_strings_to_chat_model_warn_once(requests, caplog, monkeypatch):
     for _ in range(2):
         requests.warn_of_plain_texts([TEXT, TEXT], ["base", "base"])
     assert len(caplog.messages) == 1
-    assert "without the model's chat template" in caplog.messages[0]
+    assert "without the chat template" in caplog.messages[0]
 
 
 def test_completion_repr_begins_with_text():

@@ -51,8 +51,8 @@ def test_adapter_without_effect_is_noted_at_start(engine):
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (("base", "same"), "base and same are the same model by content"),
-        (("same", "same"), "same and same are the same model by content"),
+        (("base", "same"), "expected two models, got base and same"),
+        (("same", "same"), "expected two models, got same and same"),
         (("base", "untrained"), r"none of the 192 neurons differs between the two models on these texts"),
         (("base", "last"), r"none of the 192 neurons differs .* or an adapter changes nothing in the layers that are"),
     ],
@@ -93,7 +93,9 @@ def test_donor_equal_to_recipient_is_noted(zoo, tmp_path):
         assert "the donor of a patch is its recipient base by content: the patch changes nothing" in note
         config = SweepConfig(recipients=("base",), donors=("same",), windows=(10,), controls=0)
         chats = [[{"role": "user", "content": text}] for text in PROMPTS]
-        with pytest.raises(SnpatchError, match="sweep: base and same are the same model by content: no patch can"):
+        with pytest.raises(
+            SnpatchError, match="sweep: expected two models, got base and same, which are equal by content"
+        ):
             sweep(engine, chats, {"r": ranking}, {"cost": RefusalWords()}, config)
 
 

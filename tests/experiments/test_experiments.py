@@ -160,9 +160,12 @@ controls = 1
 
 BAD = {
     "an unknown key": (lambda t: 'color = "red"\n' + t, "the file: unknown key color"),
-    "no safety": (lambda t: t.replace("safety =", "other ="), "must have one named safety"),
-    "an unknown model": (lambda t: t.replace('donor = "dpo"', 'donor = "tulu"'), "no model named 'tulu'"),
-    "an unknown set": (lambda t: t.replace('benchmarks = ["p"]', 'benchmarks = ["q"]'), "no set named 'q'"),
+    "no safety": (lambda t: t.replace("safety =", "other ="), "contrasts: expected one named safety"),
+    "an unknown model": (lambda t: t.replace('donor = "dpo"', 'donor = "tulu"'), "got 'tulu'"),
+    "an unknown set": (
+        lambda t: t.replace('benchmarks = ["p"]', 'benchmarks = ["q"]'),
+        "prompt set: expected .*, got 'q'",
+    ),
     "an unknown key of a set": (
         lambda t: t.replace("p.jsonl", 'p.jsonl", frist = 3, x="'),
         "sets.p: unknown key frist",
@@ -171,10 +174,13 @@ BAD = {
         lambda t: t.replace('source = "refusal"', ""),
         "judges.cost: expected a table with source",
     ),
-    "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "one recipient"),
+    "a missing key": (lambda t: t.replace('recipients = ["sft", "base"]', ""), "recipients: expected at least one"),
     "no model": (lambda t: t.replace("model =", "#"), "model is missing"),
     "both samples": (lambda t: t.replace('"p.jsonl"', '"p.jsonl", first = 1, sample = 2'), "first or sample"),
-    "a donor that is recipient": (lambda t: t.replace('"base"]', '"dpo"]'), "'dpo' is recipient and donor"),
+    "a donor that is recipient": (
+        lambda t: t.replace('"base"]', '"dpo"]'),
+        "expected a model that is no recipient, got 'dpo'",
+    ),
     "no TOML": (lambda t: t + "[[", "not a TOML file"),
 }
 
@@ -188,7 +194,7 @@ def test_broken_experiment_config_is_rejected(tmp_path, zoo, case):
 
 
 def test_missing_experiment_config_is_rejected():
-    with pytest.raises(SnpatchError, match="no such file, and the named ones are demo"):
+    with pytest.raises(SnpatchError, match="expected a file or one of demo, got neither"):
         load_experiment_config("nowhere")
 
 
@@ -311,15 +317,15 @@ def test_experiments_name_overlapping_controls_once(tmp_path, zoo):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("nothing", {}, "no experiment named 'nothing'"),
+        ("nothing", {}, "got 'nothing'"),
         ("curve", {"kk": [1]}, "settings of curve: unknown key kk"),
-        ("curve", {"k": [1.5]}, r"fraction of the neurons must be in 0\.0\.\.1\.0, got 1.5"),
-        ("curve", {"judges": ["reward"]}, "no judge named 'reward'"),
-        ("curve", {"prompts": "q"}, "no set named 'q'"),
+        ("curve", {"k": [1.5]}, r"k: expected a fraction of the neurons in 0\.0\.\.1\.0, got 1.5"),
+        ("curve", {"judges": ["reward"]}, "judge: expected .*, got 'reward'"),
+        ("curve", {"prompts": "q"}, "prompt set: expected .*, got 'q'"),
         ("stability", {}, "needs at least two"),
-        ("alignment_tax", {}, "no contrast named 'helpful'"),
-        ("perplexity", {"k": [0]}, "no set named 'text'"),
-        ("perplexity", {"text": "p", "k": [0]}, "holds prompts: it is not a text"),
+        ("alignment_tax", {}, "contrast: expected .*, got 'helpful'"),
+        ("perplexity", {"k": [0]}, "prompt set: expected .*, got 'text'"),
+        ("perplexity", {"text": "p", "k": [0]}, "expected running text, got prompts"),
         ("sliding_window", {"width": 0}, "at least one neuron"),
         ("neuron_tokens", {"neurons": 0}, "at least 1"),
         ("safeguard", {}, "expected sets other than p"),

@@ -134,7 +134,7 @@ def without(features, index, value):
         (lambda x, y: (x, y + 1), "labels: expected True"),
         (lambda x, y: (x[0], y), "features: expected \\[prompts, neurons\\], got \\[6\\]"),
         (lambda x, y: (without(x, (7, 2), np.nan), y), "prompt 7 contain NaN or infinity"),
-        (lambda x, y: (np.ones((40, 200)), y), "k must lie in 0..192"),
+        (lambda x, y: (np.ones((40, 200)), y), "k: expected 0..192"),
     ],
 )
 def test_fit_with_invalid_features_or_labels_is_rejected(change, says):
@@ -204,8 +204,8 @@ def test_guard_file_with_invalid_metadata_is_rejected(tmp_path, change, message)
         ({"coefficients": lambda t: t * torch.nan}, "coefficients has values that no fit gives"),
         ({"scale": lambda t: t * 0}, "scale has values that no fit gives"),
         ({"mean": lambda t: t.bfloat16()}, "mean: expected torch.float64, got torch.bfloat16"),
-        ({"neurons": lambda t: t + 1000}, r"a neuron of the order is outside \[3, 64\]"),
-        ({"neurons": lambda t: t * 0}, "names a neuron twice"),
+        ({"neurons": lambda t: t + 1000}, r"order: expected neurons of \[3, 64\], got one outside"),
+        ({"neurons": lambda t: t * 0}, "expected each neuron once"),
         ({"neurons": lambda t: t[:3]}, "expected vectors of one length"),
         ({"intercept": lambda t: t[None]}, "expected the tensors of a guard"),
     ],
@@ -392,11 +392,11 @@ def test_guard_of_another_model_is_rejected(demo, guard, sets, tmp_path):
     prompts = sets["redteam"].prompts[:2]
     with pytest.raises(SnpatchError, match="expected the model 'dpo' that it was fitted on"):
         demo.generate(prompts, guard=replace(guard, model="dpo"))
-    with pytest.raises(SnpatchError, match="no model named 'other'"):
+    with pytest.raises(SnpatchError, match="got 'other'"):
         demo.generate(prompts, guard=replace(guard, model="other"))
     with pytest.raises(SnpatchError, match="expected a Guard, got 'a file'"):
         demo.generate(prompts, guard="a file")
-    with pytest.raises(SnpatchError, match="the ranking is for a model of"):
+    with pytest.raises(SnpatchError, match="ranking: expected the model's shape"):
         demo.generate(prompts, guard=replace(guard, shape=(6, 999)))
     guard.save(tmp_path / "guard.safetensors")
     copy = Guard.load(tmp_path / "guard.safetensors")

@@ -294,12 +294,12 @@ def test_model_args_build_the_same_model(evaluate, results, model_args, adapters
         ({"adapters": "sft=a;sft=b"}, "each name once"),
         ({"k": 3}, "ranking, k, positions and strength need a donor"),
         ({"donor": "dpo"}, "a donor needs ranking=FILE and k="),
-        ({"donor": "dpo", "k": "few"}, "a window: 'few' is not a number"),
+        ({"donor": "dpo", "k": "few"}, "a window: expected a number, got 'few'"),
         ({"donor": "dpo", "k": 10**6}, "reaches past the ranking's 288 neurons"),
-        ({"donor": "dpo", "k": 3, "positions": "here"}, "positions must be one of all, prompt, last_prompt_token"),
-        ({"donor": "dpo", "k": 3, "recipient": "nobody"}, "no model named 'nobody'"),
+        ({"donor": "dpo", "k": 3, "positions": "here"}, "positions: expected one of all, prompt, last_prompt_token"),
+        ({"donor": "dpo", "k": 3, "recipient": "nobody"}, "got 'nobody'"),
         ({"ranking": None, "sort": 1}, "unknown argument sort"),
-        ({"ranking": None, "batch_size": 0}, "must be at least 1"),
+        ({"ranking": None, "batch_size": 0}, "batch_size: expected at least 1"),
     ],
 )
 def test_invalid_model_args_raise(evaluate, model_args, changes, message):

@@ -45,7 +45,7 @@ def test_competing_labels_are_scored_by_log_odds(tmp_path):
         scores = open_score_model(tmp_path, format=template, label=label)(PROMPTS, COMPLETIONS)
         assert scores == pytest.approx(expected[:, index].tolist(), abs=1e-4)
     for label in (None, "good", 3, -1):
-        with pytest.raises(SnpatchError, match=r"label must be one of safe, harm, odd or an index"):
+        with pytest.raises(SnpatchError, match=r"label: expected one of safe, harm, odd or an index"):
             open_score_model(tmp_path, label=label)
 
 
@@ -100,7 +100,7 @@ def test_models_that_cannot_be_judges_are_rejected(tmp_path):
     (tmp_path / "longrope" / "config.json").write_text(
         json.dumps({**config, "rope_parameters": None, "pad_token_id": 99})
     )
-    with pytest.raises(SnpatchError, match="pad_token_id 99 must be one of the 16 tokens"):
+    with pytest.raises(SnpatchError, match=r"pad_token_id: expected 0\.\.15, got 99"):
         open_score_model(tmp_path / "longrope")
     write_classifier(tmp_path / "few words", vocab_size=15)
     with pytest.raises(SnpatchError, match="its tokenizer made token 15, its model knows 15 tokens"):

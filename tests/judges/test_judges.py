@@ -139,11 +139,11 @@ def test_checkpoint_with_code_is_rejected(tmp_path):
         ({"format": "alpaca"}, "format: expected beaver, tulu, chat, pair or a text with {prompt} and {completion}"),
         ({"format": "{prompt} alone"}, "format: expected"),
         ({"format": "chat"}, "no chat template"),
-        ({"label": "harm"}, "label must be one of score or an index, got 'harm'"),
-        ({"padding_side": "middle"}, "padding_side must be right or left"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"backend": "onnx"}, "backend must be one of"),
+        ({"label": "harm"}, "label: expected one of score or an index, got 'harm'"),
+        ({"padding_side": "middle"}, "padding_side: expected right or left"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"dtype": "int8"}, "dtype: expected one of"),
+        ({"backend": "onnx"}, "backend: expected one of"),
         ({"max_num_seqs": 4}, "BeavertailsScorer has no argument max_num_seqs"),
     ],
 )
@@ -160,7 +160,7 @@ def test_unscorable_texts_are_rejected(tmp_path):
             judge(["a"], [])
         with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109 with the prompt 'a b'"):
             judge(["a b"], ["c " * 100])
-    with pytest.raises(SnpatchError, match="this judge is closed"):
+    with pytest.raises(SnpatchError, match="expected an open judge, got a closed one"):
         judge(["a"], ["b"])
 
 
@@ -266,8 +266,8 @@ def test_open_judge_builds_each_kind_of_judge(tmp_path, monkeypatch):
     judge = open_judge(str(tmp_path / "model"), format="tulu", backend="transformers", device="cpu")
     assert judge(PROMPTS, COMPLETIONS) == expected
     for spec, arguments, message in (
-        ("refusal", {"format": "tulu"}, "judge refusal: format is for a model"),
-        (f"{__name__}:shout", {"dtype": "auto"}, "dtype is for a model"),
+        ("refusal", {"format": "tulu"}, "judge refusal: expected no format, which only model judges accept"),
+        (f"{__name__}:shout", {"dtype": "auto"}, "expected no dtype, which only model judges accept"),
         (f"{__name__}:nothing", {}, "cannot be imported"),
         ("no_such_module:judge", {}, "cannot be imported"),
         (f"{__name__}:NUMBER", {}, "expected a callable"),
@@ -281,7 +281,7 @@ def test_open_judge_with_misspelled_folder_suggests_similar_one_without_network(
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     write(tmp_path / "judge")
     for spec in ("jugde", str(tmp_path / "jugde")):
-        with pytest.raises(SnpatchError, match=f"judge {spec}: no such folder here, and a similar one is: .*judge"):
+        with pytest.raises(SnpatchError, match=f"judge {spec}: no such folder. Did you mean .*judge"):
             open_judge(spec)
 
 

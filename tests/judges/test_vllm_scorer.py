@@ -48,7 +48,7 @@ def test_scores_in_any_batch_match_transformers(tmp_path, in_process):
         assert judge([], []) == []
         with pytest.raises(SnpatchError, match="expected a text of 1 to 64 tokens, got 109"):
             judge(["a b"], ["c " * 100])
-    with pytest.raises(SnpatchError, match="this judge is closed"):
+    with pytest.raises(SnpatchError, match="expected an open judge, got a closed one"):
         judge(["a"], ["b"])
 
 
@@ -85,7 +85,7 @@ def test_bad_checkpoint_raises_before_vllm_starts(tmp_path, changes, message):
     ("arguments", "message"),
     [
         ({"device": "cpu"}, "neither snpatch nor vLLM has an argument device"),
-        ({"batch_size": 2, "max_num_seqs": 2}, "batch_size is max_num_seqs"),
+        ({"batch_size": 2, "max_num_seqs": 2}, "batch_size: expected no max_num_seqs with it"),
         ({"runner": "generate"}, "runner cannot be set"),
         ({"pooler_config": None}, "pooler_config cannot be set"),
     ],

@@ -137,7 +137,7 @@ def test_lora_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
     if end == EXACT:
         assert_merged_alike(folder, adapter)
     else:
-        with pytest.raises(SnpatchError, match="adapter type" if field == "peft_type" else field):
+        with pytest.raises(SnpatchError, match="adapter of type" if field == "peft_type" else field):
             load_lora(adapter)
 
 
@@ -146,7 +146,7 @@ def test_ia3_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
     folder, (value, writer, end) = zoo("llama").folder, IA3[field]
     adapter = save_with_field(IA3Config, folder, tmp_path / "ia3", field, value, writer)
     if end == REFUSED:
-        with pytest.raises(SnpatchError, match="adapter type" if field == "peft_type" else field):
+        with pytest.raises(SnpatchError, match="adapter of type" if field == "peft_type" else field):
             load_adapters(adapter, tiny.LAYERS, WIDTHS)
         return
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -195,7 +195,7 @@ def test_lora_on_lm_head_requires_copy_equal_to_model(zoo, tmp_path):
     tensors["base_model.model.lm_head.base_layer.weight"][0, 0] += 1
     save_file(tensors, path)
     base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
-    with pytest.raises(SnpatchError, match=r"brings a lm_head\.weight of its own, which is not the model's: merge"):
+    with pytest.raises(SnpatchError, match=r"expected lm_head\.weight as in the model, got other weights\. Merge"):
         dict(merge_loras(base_tensors.items(), [adapter]))
 
 
@@ -232,7 +232,7 @@ def test_ia3_targets_without_tensors_are_rejected(zoo, tmp_path, targets, messag
 def test_lora_on_tied_head_is_rejected(zoo, tmp_path):
     folder = zoo("gemma").folder
     adapter = save_adapter(LoraConfig, folder, tmp_path / "lora", target_modules=["lm_head", "down_proj"])
-    with pytest.raises(SnpatchError, match=r"is tied to the embedding|whose head is its embedding"):
+    with pytest.raises(SnpatchError, match="is tied to the embedding"):
         Engine(folder, models={"tuned": {"lora": adapter}}, backend="transformers")
     base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"the model has no weight lm_head\.weight: it is tied to the embedding"):

@@ -75,10 +75,16 @@ def test_last_message_can_be_continued(tokenizer):
 @pytest.mark.parametrize(
     ("chat", "message"),
     [
-        ([{"role": "tool", "content": "a"}], "knows system, user, assistant, got 'tool'"),
+        (
+            [{"role": "tool", "content": "a"}],
+            "role: expected one of system, user, assistant for the Tulu template, got 'tool'",
+        ),
         ([{"content": "a"}], "got None"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "wants a text in each message"),
-        ([{"role": "user"}], "wants a text in each message, got None"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}]}],
+            "content: expected a string for the Tulu template",
+        ),
+        ([{"role": "user"}], "content: expected a string for the Tulu template, got None"),
     ],
 )
 def test_invalid_chat_is_rejected(tokenizer, chat, message):

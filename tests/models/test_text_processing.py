@@ -120,9 +120,7 @@ def test_different_ids_in_adapter_folder_are_rejected_naming_both(model, with_ad
     vocab = table["model"]["vocab"]
     vocab[tiny.WORDS[3]], vocab[tiny.WORDS[5]] = vocab[tiny.WORDS[5]], vocab[tiny.WORDS[3]]
     (folder / "tokenizer.json").write_text(json.dumps(table))
-    with pytest.raises(
-        SnpatchError, match=rf"tokenizers of {model} and {folder} differ in the token '{tiny.WORDS[3]}'"
-    ):
+    with pytest.raises(SnpatchError, match=rf"difference between {model} and {folder} in the token '{tiny.WORDS[3]}'"):
         load_models(model, arguments)
 
 
@@ -132,7 +130,7 @@ def test_tokens_added_by_adapter_need_embedding_rows(model, with_adapter, kind):
     tokenizer = tiny.tokenizer()
     tokenizer.add_tokens(["<|im_start|>"])
     tokenizer.save_pretrained(folder)
-    with pytest.raises(SnpatchError, match=rf"of {folder} has the token '<.im_start.>' \(128\), and the embedding of"):
+    with pytest.raises(SnpatchError, match=rf"{folder}: expected token ids below .* got '<.im_start.>' \(128\)"):
         load_models(model, arguments)
 
 
@@ -186,13 +184,13 @@ def test_tokens_without_embedding_row_are_noted_and_rejected(model):
     (model / TEMPLATE_FILE).write_text(OWN)
     with Engine(model, backend="transformers") as engine:
         (note,) = engine.notes
-        assert "has 1 tokens that the model of 128 has no row for, as '<image>' (128); texts that hold one are" in note
+        assert (
+            "has 1 tokens outside the vocabulary of 128, such as '<image>' (128); prompts that contain one are" in note
+        )
         for prompt in ("bana <image>", [{"role": "user", "content": "bana <image>"}], [1, 128]):
-            with pytest.raises(
-                SnpatchError, match=r"prompt 0: token ids must be integers in 0\.\.127: '<image>' is 128"
-            ):
+            with pytest.raises(SnpatchError, match=r"prompt 0: expected token ids in 0\.\.127, got 128 \('<image>'\)"):
                 engine.generate([prompt])
-        with pytest.raises(SnpatchError, match=r"completion 0: token ids must be integers in 0\.\.127"):
+        with pytest.raises(SnpatchError, match=r"completion 0: expected token ids in 0\.\.127"):
             engine.logprobs(["bana"], completions=["bama <image>"])
 
 
@@ -204,7 +202,7 @@ def test_prompts_with_bos_or_template_marks_are_noted_once_and_unchanged(model):
         for content in ("[INST] bana [/INST]", "Be kind.\n\nHuman: bana\n\nAssistant:", "bana </s>"):
             engine.encode([[{"role": "user", "content": content}]])
         assert len(engine.notes) == 2
-        assert "contains '[/INST]', which chat templates write" in engine.notes[1]
+        assert "contains the template mark '[/INST]'" in engine.notes[1]
 
 
 def test_late_adapter_with_different_text_files_is_rejected(model, with_adapter):
@@ -214,7 +212,7 @@ def test_late_adapter_with_different_text_files_is_rejected(model, with_adapter)
         (folder / TEMPLATE_FILE).write_text(OWN)
         engine.add_adapter("same", folder)
         (folder / TEMPLATE_FILE).write_text(TULU)
-        with pytest.raises(SnpatchError, match=rf"{folder}: its template, tokenizer or EOS is not what this engine of"):
+        with pytest.raises(SnpatchError, match=rf"{folder}: expected the engine's template, tokenizer and EOS"):
             engine.add_adapter("other", folder)
 
 

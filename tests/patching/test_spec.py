@@ -109,26 +109,26 @@ GOOD = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}
         ({"k": 1}, "patch: unknown key k; expected one of donor, ranking, window, positions"),
         ({"donor": None}, "patch: donor is missing"),
         ({"recipient": 3}, "recipient: expected str, got 3"),
-        ({"ranking": "none"}, "no ranking named 'none': there are safety, other"),
+        ({"ranking": "none"}, "ranking: expected one of safety, other, got 'none'"),
         ({"window": "9"}, "window: expected int or \\[int, int\\], got '9'"),
         ({"window": [1, 2, 3]}, "window: expected int"),
         ({"window": True}, "window: expected int"),
         ({"window": [9, 1]}, "expected 0 <= lo <= hi"),
         ({"window": ALL + 1}, "reaches past the ranking's"),
         ({"positions": 1.5}, "positions: expected str or int, got 1.5"),
-        ({"positions": "here"}, "positions must be one of"),
+        ({"positions": "here"}, "positions: expected one of"),
         ({"seed": "1"}, "seed: expected int, got"),
-        ({"donor": "noise:x"}, "donor noise:N: 'x' is not a number"),
+        ({"donor": "noise:x"}, "donor noise:N: expected a number, got 'x'"),
         ({"donor": "mean:donor"}, "the ranking holds no donor_mean"),
-        ({"donor": "constant:none"}, "no constant named 'none': there are mine"),
-        ({"donor": "add:dpo"}, "only mean:recipient, mean:donor and constants can be added"),
+        ({"donor": "constant:none"}, "constant: expected one of mine, got 'none'"),
+        ({"donor": "add:dpo"}, "expected mean:recipient, mean:donor or a constant after add:"),
         ({"strength": "1"}, "strength: expected float, got '1'"),
         ({"strength": True}, "strength: expected float, got True"),
-        ({"strength": float("nan")}, "strength must be a finite number"),
-        ({"strength": 1e39}, "strength must be a finite number of float32"),
-        ({"strength": 10**400}, "strength must be a finite number of float32"),
-        ({"donor": "scale:1e39"}, "scale: factor must be a finite number of float32"),
-        ({"donor": "scale:1e30", "strength": -1e30}, "strength \\* \\(scale - 1\\) must be a finite number"),
+        ({"strength": float("nan")}, "strength: expected a finite number"),
+        ({"strength": 1e39}, "strength: expected a finite number of float32"),
+        ({"strength": 10**400}, "strength: expected a finite number of float32"),
+        ({"donor": "scale:1e39"}, "scale: factor: expected a finite number of float32"),
+        ({"donor": "scale:1e30", "strength": -1e30}, "strength \\* \\(scale - 1\\): expected a finite number"),
     ],
 )
 def test_patch_json_invalid_value_names_field(change, message):
@@ -150,7 +150,7 @@ def test_patch_json_missing_field_is_named():
 
 def test_patch_json_of_recipient_is_unpatched():
     assert spec.from_json({"recipient": "sft"}, NAMED) == "sft"
-    with pytest.raises(SnpatchError, match="strength needs a donor") as caught:
+    with pytest.raises(SnpatchError, match="strength: expected a donor") as caught:
         spec.from_json({"recipient": "sft", "strength": 2}, NAMED)
     assert caught.value.field == "strength"
 
@@ -184,8 +184,8 @@ def test_patch_text_equals_its_json(text, data):
     [
         ("recipient", "expected name=value"),
         ("k=1,window=2", "each name once"),
-        ("k=x", "'x' is not a number"),
-        ("{", "no JSON"),
+        ("k=x", "expected a number, got 'x'"),
+        ("{", "expected JSON"),
     ],
 )
 def test_patch_text_invalid_names_form(text, message):

@@ -108,13 +108,15 @@ def test_file_with_reserved_name_needs_explicit_name(tmp_path, capsys):
     "donor", ["mean", "mean:sft", "noise", "noise:", "scale:", "constant", "add", "add:", "zero:1"]
 )
 def test_donors_with_reserved_prefix_and_no_meaning_are_rejected(donor):
-    with pytest.raises(SnpatchError, match="is no model's name"):
+    with pytest.raises(SnpatchError, match="expected a valid donor"):
         parse_donor(donor, ranking())
 
 
 @pytest.mark.parametrize("donor", ["zero", "mean:donor", "noise:3", "scale:2", "constant:x", "add:zero"])
 def test_python_patch_with_reserved_donor_is_rejected(donor):
-    with pytest.raises(SnpatchError, match="in Python give a Constant, Noise or Scale"):
+    with pytest.raises(
+        SnpatchError, match=r"expected a model's name, a Constant, Noise or Scale, got .*, a reserved word"
+    ):
         Patch("base", donor, ranking(), 1)
 
 

@@ -90,7 +90,7 @@ def test_load_scores_of_all_neurons(tmp_path, file, value):
     assert (padded.top(3).tolist(), padded.shape, len(padded)) == (BY_SCORE, SHAPE, 8)
     assert padded.meta["excluded_layers"] == [2]
     for shape in ((1, 4), (2, 5)):
-        with pytest.raises(SnpatchError, match=r"holds scores \[2, 4\], the model is of"):
+        with pytest.raises(SnpatchError, match=r"expected scores of .*, got \[2, 4\]"):
             Ranking.load(path, shape)
 
 
@@ -110,12 +110,12 @@ def test_load_reads_published_and_own_files(tmp_path):
         ("r.csv", "a,b\n1,2\n", r"r\.csv: expected the columns layer, neuron, got a, b"),
         ("r.csv", table([(0, 1.9)]), r"r\.csv, line 2: neuron: expected a whole number, got '1.9'"),
         ("r.csv", table([(0, "x")]), "line 2: neuron: expected a whole number, got 'x'"),
-        ("r.csv", table([(0, 1, "nan")], "layer,neuron,score"), "line 2: score is not finite"),
-        ("r.csv", table([(0, 1, 1), (0, 2, 1)], "layer,neuron,rank"), "two neurons have one rank"),
-        ("r.csv", table([]), "holds no neuron"),
-        ("r.csv", table([(0, 1), (0, 1)]), "names a neuron twice"),
-        ("r.csv", table([(0, 4)]), r"is outside \[3, 4\]"),
-        ("r.json", [[0, 1.5], [1, 2]], "expected .* scores .*|holds scores"),
+        ("r.csv", table([(0, 1, "nan")], "layer,neuron,score"), "line 2: score: expected a finite number, got nan"),
+        ("r.csv", table([(0, 1, 1), (0, 2, 1)], "layer,neuron,rank"), "expected each rank once"),
+        ("r.csv", table([]), "expected neurons, got an empty file"),
+        ("r.csv", table([(0, 1), (0, 1)]), "expected each neuron once"),
+        ("r.csv", table([(0, 4)]), r"expected neurons of \[3, 4\], got one outside"),
+        ("r.json", [[0, 1.5], [1, 2]], "expected scores of"),
         ("r.json", [[0, 1, 2, 3]], "got integers"),
         ("r.json", [[0, 1], [2]], "expected numbers in a list of equal rows"),
         ("r.json", [[0, True]], "expected numbers"),
@@ -166,7 +166,7 @@ def test_load_missing_file_or_shape_is_one_line(tmp_path):
     for name in ("r.csv", "r.npy", "r.pt", "r.json", "r.safetensors"):
         with pytest.raises(SnpatchError, match="no such file"):
             Ranking.load(tmp_path / name)
-    with pytest.raises(SnpatchError, match=r"r\.csv: lists neurons, not the model's size: give shape"):
+    with pytest.raises(SnpatchError, match=r"r\.csv: expected a shape for a list of neurons"):
         Ranking.load(save_value(tmp_path / "r.csv", table(ORDER)))
 
 
@@ -199,9 +199,9 @@ def test_from_scores_accepts_lists_arrays_tensors(scores):
         (lambda: Ranking.from_order([[0, "1"]], SHAPE), "order: expected numbers"),
         (lambda: Ranking.from_order([[0], [1, 2]], SHAPE), "order: expected numbers"),
         (lambda: Ranking.from_order(None, SHAPE), "order: expected numbers"),
-        (lambda: Ranking.from_order([3, 4], SHAPE), r"order must be \[n, 2\]"),
-        (lambda: Ranking.from_scores([0.5, 0.25]), r"scores must be \[layers, neurons\], got \[2\]"),
-        (lambda: Ranking.from_scores(torch.rand(8)), r"scores must be \[layers, neurons\], got \[8\]"),
+        (lambda: Ranking.from_order([3, 4], SHAPE), r"order: expected \[n, 2\]"),
+        (lambda: Ranking.from_scores([0.5, 0.25]), r"scores: expected \[layers, neurons\], got \[2\]"),
+        (lambda: Ranking.from_scores(torch.rand(8)), r"scores: expected \[layers, neurons\], got \[8\]"),
         (lambda: Ranking.from_scores([["a"]]), "scores: expected numbers"),
         (lambda: Ranking.from_scores(None), "scores: expected numbers"),
     ],

@@ -53,7 +53,7 @@ def violations(path: Path) -> list[str]:
             messages += [f"{path}:{line}: {kind} has the banned word {m[0]!r}" for m in BANNED.finditer(text)]
         if kind == "docstring" and (opening := OPENING.match(text)):
             messages.append(f"{path}:{line}: docstring begins with {opening[0]!r}")
-        if kind == "summary" and len(text) > MAX_SUMMARY and not {"tests", "bench", "kernels"} & {*path.parts}:
+        if kind == "summary" and len(text) > MAX_SUMMARY and "tests" not in path.parts:
             messages.append(f"{path}:{line}: the docstring's first line has {len(text)} characters")
     return messages
 

@@ -181,7 +181,7 @@ def test_training_hours_use_measured_rate(tmp_path):
         ("x = [", "not a TOML file"),
         ("[config]\nmodel = 'm'", r"expected \[training\], or config\.contrasts"),
         ("extends = 'paper'", "config.model is missing"),
-        ("extends = 'demo'\nexperiments = ['curves']", "no experiment named .curves.: there are curve"),
+        ("extends = 'demo'\nexperiments = ['curves']", "experiment: expected one of curve"),
         ("extends = 'demo'\n[training]\nseeds = [1, 1]", "training.seeds: expected one or more different seeds"),
         (
             "extends = 'demo'\n[training]\nobjectives = ['safety']",
@@ -215,7 +215,7 @@ def test_training_hours_use_measured_rate(tmp_path):
         ("extends = 'demo'\n[config.judges]\ncost = 'x'", "judges.cost: expected a table with source"),
         ("extends = 'demo'\n[config.settings]\ncurve = 3", "curve: expected a table, got 3"),
         ("extends = 'demo'\n[config.settings.guard]\nkk = 1", "settings of guard: unknown key kk"),
-        ("extends = 'demo'\n[config.settings.cruve]\nk = 1", "no experiment named 'cruve'"),
+        ("extends = 'demo'\n[config.settings.cruve]\nk = 1", "experiment: expected .*, got 'cruve'"),
         ("extends = 'demo'\n[config.adapters]\nx = 'y'", r"config\.adapters: follows from \[training\]"),
         (
             "extends = 'demo'\n[training]\nobjectives = ['curve']",

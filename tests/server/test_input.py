@@ -32,16 +32,16 @@ CALLED = {
 @pytest.mark.parametrize(
     ("patch", "field", "message"),
     [
-        ({"recipient": "nobody"}, "recipient", "no model named 'nobody': there are base, sft, dpo"),
-        ({**SAFE, "donor": "nobody"}, "donor", "no model named 'nobody'"),
-        ({**SAFE, "ranking": "none"}, "ranking", "no ranking named 'none': there are first, second"),
+        ({"recipient": "nobody"}, "recipient", "model: expected one of base, sft, dpo, got 'nobody'"),
+        ({**SAFE, "donor": "nobody"}, "donor", "got 'nobody'"),
+        ({**SAFE, "ranking": "none"}, "ranking", "ranking: expected one of first, second, got 'none'"),
         ({**SAFE, "window": [5, 3]}, "window", "expected 0 <= lo <= hi, got [5, 3)"),
         ({**SAFE, "window": ALL + 1}, "window", "reaches past the ranking's 288 neurons"),
-        ({**SAFE, "positions": "here"}, "positions", "positions must be one of all, prompt, last_prompt_token"),
-        ({**SAFE, "positions": 99}, None, "positions=99 is past the"),
-        ({**SAFE, "strength": 1e39}, "strength", "must be a finite number of float32"),
+        ({**SAFE, "positions": "here"}, "positions", "positions: expected one of all, prompt, last_prompt_token"),
+        ({**SAFE, "positions": 99}, None, "positions: expected less than the maximum of"),
+        ({**SAFE, "strength": 1e39}, "strength", ": expected a finite number of float32"),
         ({**SAFE, "k": 9}, "k", "unknown key k; expected one of donor, ranking, window"),
-        ({**SAFE, "guard": "none"}, "guard", "no guard named 'none'. Available guards: guard"),
+        ({**SAFE, "guard": "none"}, "guard", "guard: expected one of guard, got 'none'"),
         ({"donor": "dpo"}, "recipient", "recipient is missing"),
         ({"recipient": "sft", "donor": "dpo"}, "ranking", "ranking, window is missing"),
         ({**SAFE, "donor": "mean:donor"}, "donor", "the ranking holds no donor_mean"),
@@ -107,7 +107,7 @@ def test_request_vllm_cannot_send_fails_alone(server, client):
 
 def test_background_response_is_400(server):
     answer = server.post("/v1/responses", {"model": "safe", "input": "bala", "background": True, "store": True})
-    assert (answer.status_code, "the answer would lack its receipt" in answer.text) == (400, True)
+    assert (answer.status_code, "the response would lack its receipt" in answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(

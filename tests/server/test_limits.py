@@ -174,7 +174,7 @@ def test_upload_can_be_used_and_deleted(offline, server, client):
     assert request(server, "DELETE", "rankings/mine").status_code == 204
     assert request(server, "DELETE", "rankings/mine").status_code == 404
     deleted_answer = server.post(COMPLETIONS, {"model": "base", "prompt": job.ids, "snpatch": patch})
-    assert (deleted_answer.status_code, "no ranking named 'mine'" in deleted_answer.text) == (400, True)
+    assert (deleted_answer.status_code, "got 'mine'" in deleted_answer.text) == (400, True)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_sweep_matches_single_completions_and_has_noise_floor(offline, server, c
         ({"windows": []}, "windows", "expected at least one, got none"),
         ({"windows": [3, [5, 1]]}, "windows.1", "expected 0 <= lo <= hi"),
         ({"prompts": []}, "prompts", "expected at least one, got none"),
-        ({"prompts": ["bala", "bala " * 200]}, "prompts.1", "the model's context holds 128"),
+        ({"prompts": ["bala", "bala " * 200]}, "prompts.1", "tokens for a context of 128, got"),
         ({"prompts": [[{"role": "user"}]]}, "prompts.content", "content is missing"),
         ({"prompts": ["bala"] * 99}, None, "at most 200 completions (--max-sweep-completions), got 99 prompts"),
         (
@@ -316,11 +316,11 @@ def test_sweep_matches_single_completions_and_has_noise_floor(offline, server, c
             "prompts.0: expected a chat with a user message, got none",
         ),
         ({"prompts": ["bala \ud800"]}, "body", "surrogates not allowed"),
-        ({"temperature": float("inf")}, "temperature", "temperature must be 0 (greedy) or at least 1e-5"),
-        ({"seed": 2**63}, "seed", "seed must lie in"),
+        ({"temperature": float("inf")}, "temperature", "temperature: expected 0 (greedy) or at least 1e-5"),
+        ({"seed": 2**63}, "seed", "seed: expected -2^63..2^63-n"),
         ({"judge": "nobody"}, "judge", "judge: expected one of refusal, got 'nobody'"),
-        ({"max_tokens": 0}, "max_tokens", "max_tokens must be at least 1"),
-        ({"donor": "nobody"}, "donor", "no model named 'nobody'"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens: expected at least 1"),
+        ({"donor": "nobody"}, "donor", "got 'nobody'"),
     ],
 )
 def test_invalid_sweep_is_400_with_field(server, change, field, message):
@@ -363,8 +363,8 @@ def test_impossible_structured_output_is_400_with_reason(server, constraint, is_
         ({"structured_outputs": {"choice": [f"w{i}" for i in range(2500)]}}, "16384 characters of choice"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {
             "enum": [f"w{i}" for i in range(2500)]}}}}, "16384 characters of json"),
-        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values in an answer"),
-        ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values in an answer"),
+        ({"logprobs": True, "top_logprobs": 20, "max_tokens": 100, "n": 10}, "10240 values per response"),
+        ({"prompt_logprobs": 20, "max_tokens": 1, "n": 200}, "10240 values per response"),
         ({"n": 257}, "at most 256 completions (--max-completions), got 1 prompts x 257"),
     ],
 )  # fmt: skip
@@ -637,7 +637,7 @@ def test_two_workers_patch_exactly_and_engine_crash_is_reported(offline, tmp_pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--patch=safe=recipient=sft,donor=dpo,ranking=none,k=3"], "patch safe: patch: no ranking named 'none'"),
+        (["--patch=safe=recipient=sft,donor=dpo,ranking=none,k=3"], "patch safe: patch: ranking: expected one of"),
         (["--patch=sft=recipient=sft"], "patch sft: a model has this name. Choose another name."),
         (["--patch=a/b=recipient=sft"], "expected a name of up to 64 letters"),
         (["--patch=one=recipient=sft,donor=dpo,ranking=first,k=9999"], "reaches past the ranking's 288 neurons"),

@@ -154,7 +154,7 @@ def test_registry_resolves_names_and_inline_patches(registry):
     assert inline.label == SAFE
     assert inline.patch is names.lookup("safe").patch, "cached"
     names.remove("rankings", "first")
-    with pytest.raises(SnpatchError, match="no ranking named 'first'"):
+    with pytest.raises(SnpatchError, match=r"ranking: expected .*, got 'first'"):
         names.parse(SAFE)
     assert names.lookup("safe").patch is inline.patch
 

@@ -106,11 +106,11 @@ def test_smallest_window_with_scores_that_rise_with_the_donor():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ks": []}, "ks must rise"),
-        ({"ks": [3, 2]}, "ks must rise"),
+        ({"ks": []}, "ks: expected rising"),
+        ({"ks": [3, 2]}, "ks: expected rising"),
         ({"ks": [-1, 2]}, "not be negative"),
-        ({"target": 0.0}, "target effect must lie"),
-        ({"confidence": 1.0}, "confidence must lie"),
+        ({"target": 0.0}, "target effect: expected"),
+        ({"confidence": 1.0}, "confidence: expected"),
         ({"donor": [1.0, 2.0]}, r"each prompt, got \[3\] and \[2\]"),
         ({"donor": [3.0, 2.0, 1.0]}, "nothing to recover"),
         ({"measure": lambda pairs: [float("nan")] * len(pairs)}, "finite scores"),

@@ -380,7 +380,7 @@ TABLE = {"provenance": {}, "headline": ["one"], "rows": [{"a": 1}]}
         json.dumps({**TABLE, "rows": [3]}),
         json.dumps({**TABLE, "rows": [{"a": 1}, {"b": 1}]}),
     ],
-    ids=["no JSON", "nested", "provenance", "command", "headline", "sentence", "rows", "row", "keys"],
+    ids=["expected JSON", "nested", "provenance", "command", "headline", "sentence", "rows", "row", "keys"],
 )
 def test_report_of_folder_with_broken_table_prints_one_line(capsys, folder, content):
     (folder / "curve.json").write_text(content)

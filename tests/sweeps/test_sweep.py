@@ -330,7 +330,9 @@ def test_controls_of_last_layer_too_small_for_the_window_are_absent(engine, rank
     result = run(engine, ranking, windows=(353,), control_kind="last_layer", recipients=("sft",))
     assert not [row for row in result.rows if row.control_seed is not None]
     (note,) = result.notes
-    assert note.startswith("safety [0, 353) has no random control: random_control: 353 neurons are needed in the last")
+    assert note.startswith(
+        "safety [0, 353) has no random control: random_control: expected 353 neurons to draw from in"
+    )
 
 
 def test_report_marks_overlapping_controls(overlapping, overlap):
@@ -382,12 +384,12 @@ def test_folder_of_older_version_raises(engine, ranking, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"windows": ()}, "at least one window"),
-        ({"windows": (1409,)}, r"0\.\.1408, the ranked neurons; got 1409"),
-        ({"recipients": ("sft", "dpo")}, "recipient and donor"),
-        ({"recipients": ("tulu",)}, "no model named 'tulu'"),
+        ({"windows": ()}, "windows: expected at least one value"),
+        ({"windows": (1409,)}, r"k: expected 0\.\.1408 \(number of ranked neurons\), got 1409"),
+        ({"recipients": ("sft", "dpo")}, "expected a model that is no recipient, got 'dpo'"),
+        ({"recipients": ("tulu",)}, "got 'tulu'"),
         ({"controls": -1}, "controls"),
-        ({"control_kind": "nowhere", "controls": 0}, "control_kind must be one of"),
+        ({"control_kind": "nowhere", "controls": 0}, "control_kind: expected one of"),
         ({"confidence": 2.0}, "confidence"),
         ({"judge": lambda prompts, completions: [float("nan")] * len(prompts)}, "'cost'.*finite score, got nan"),
         ({"judge": lambda prompts, completions: [1.0]}, "'cost'.*one a completion, got 1"),
@@ -468,7 +470,7 @@ def test_headline_names_smallest_window_within_ninety_percent_of_best(engine, ra
     best = max(row.effect for row in rows)
     smallest = min((row for row in rows if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
     sentence = build_headline(result)[0]
-    assert f"({smallest.rank_hi - smallest.rank_lo} by safety)" in sentence
+    assert f"top {smallest.rank_hi} neurons of ranking safety (" in sentence
     assert "(95% CI " in sentence
     assert sentence.endswith("of the safety gain of dpo; no random control.")
 
@@ -505,4 +507,4 @@ def test_sweep_without_prompts_raises(engine, ranking):
 def test_headline_without_recovered_gain_says_so(engine, ranking):
     single_neuron = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
     result = with_donor_gain(run(engine, single_neuron, windows=(0,), controls=0), gain=5)
-    assert build_headline(result)[0] == "sft: no window of safety neurons recovered any of the safety gain."
+    assert build_headline(result)[0] == "sft: no window of ranking safety recovers any of the safety gain."

@@ -438,7 +438,7 @@ def test_subset_options_override_the_objectives_sample(toy, tmp_path, capsys, hu
     for choice in ([], ["--sample-seed", 3]):
         code, _, err = run(capsys, *command, *choice, "-o", tmp_path / "all")
         assert code == 2
-        assert "shp: cannot draw 36000 examples, it has 3" in err
+        assert "shp: sample: expected 1..3 examples, got 36000" in err
     pairs = load_dataset(hub_calls.rows, format="shp")
     for name, choice, rows in (
         ("limit", ["--limit", 2], pairs.first(2)),
@@ -490,7 +490,7 @@ def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
         (["dpo", "DATA", "--objective", "safety"], "--objective: expected no DATA with --objective, got both"),
         (["dpo", "--objective", "kindness"], "objective: expected one of safety, helpful, shp, reasoning, stack-"),
         (["dpo", "DATA", "--sft", "nowhere"], "cannot load nowhere: it holds no weights"),
-        (["dpo", "nowhere.jsonl"], "nowhere.jsonl: no such file, nor a set of that name"),
+        (["dpo", "nowhere.jsonl"], "nowhere.jsonl: expected a file or a dataset"),
         (["sft", "DATA"], "DATA.jsonl has no responses to train on"),
         (["sft", "DATA", "--filter", "kind"], "--filter: expected column=value,value, got 'kind'"),
         (
@@ -506,7 +506,7 @@ def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
             "--format, --split, --column, --revision, --filter: expected DATA with these options",
         ),
         (["dpo", "--limit", "2", "--sample", "2"], "set hh-harmless: give first or sample, not both"),
-        (["sft", "lima", "--format", "lima"], "lima: format and column are for files; this is a set's name"),
+        (["sft", "lima", "--format", "lima"], "lima: expected a file with format and column, got a dataset name"),
         (["dpo", "DATA", "--method", "all"], "method: expected one of ia3, lora, full, got 'all'"),
         (["dpo", "DATA", "--micro-batch-size", "7"], "micro_batch_size: expected a divisor of batch_size = 120, got 7"),
     ],

@@ -36,10 +36,10 @@ class BatchTables:
         self._statistics = observed_statistics(requests)
         resources = RequestResources()
         for request in requests:
-            own = collect_resources(request)
-            resources.models.update(own.models)
-            resources.rankings.update(own.rankings)
-            resources.constants.update(own.constants)
+            used = collect_resources(request)
+            resources.models.update(used.models)
+            resources.rankings.update(used.rankings)
+            resources.constants.update(used.constants)
         self._slots = SlotIndex(
             {fingerprint: slot for slot, fingerprint in enumerate(resources.models, start=1)},
             {fingerprint: slot for slot, fingerprint in enumerate(resources.rankings)},

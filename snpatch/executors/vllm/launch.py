@@ -36,7 +36,7 @@ class DualStreamLaunch:
         model_config = load_config(model, config.allow_untested)
         if config.batch_size is not None:
             if "max_num_seqs" in arguments:
-                raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
+                raise SnpatchError("backend vllm: batch_size: expected no max_num_seqs with it, got both. Pass one.")
             arguments["max_num_seqs"] = config.batch_size
         if arguments.get("load_format") != "dummy":
             check_has_weights(model)
@@ -84,11 +84,11 @@ class DualStreamLaunch:
         if self.settings.scales_kv is None:
             self.settings = replace(self.settings, scales_kv=scales_kv)
         # vLLM requires space for a token after every prompt; with one more, a prompt can fill the context.
-        own: dict[str, Any] = {"max_model_len": self.geometry.context + 1}
+        fixed: dict[str, Any] = {"max_model_len": self.geometry.context + 1}
         if self.settings.streams == 2 and not CAPTURE_ARGUMENTS & self._arguments.keys():
-            own["cudagraph_capture_sizes"] = dual_stream_capture_sizes(self._arguments.get("max_num_seqs"))
-        own["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
-        return AsyncEngineArgs(**{**self._arguments, **own})
+            fixed["cudagraph_capture_sizes"] = dual_stream_capture_sizes(self._arguments.get("max_num_seqs"))
+        fixed["additional_config"] = {**self._arguments.get("additional_config", {}), **self.settings.as_config()}
+        return AsyncEngineArgs(**{**self._arguments, **fixed})
 
 
 def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
@@ -96,12 +96,12 @@ def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
     architecture = (config.architectures or [type(config).__name__.removesuffix("Config") + "ForCausalLM"])[0]
     if config.model_type not in TESTED_ARCHITECTURES:
         plugin.add_untested(architecture)
-    own = {
+    fixed = {
         "dtype": resolve_dtype(config, dtype),
         "hf_overrides": {"architectures": [plugin.PREFIX + architecture], **arguments.pop("hf_overrides", {})},
         "worker_extension_cls": "snpatch.executors.vllm.worker.commands.WorkerExtension",
     }
-    checked = engine_arguments(model, own, arguments, refused=("enable_lora", "disable_cascade_attn"))
+    checked = engine_arguments(model, fixed, arguments, refused=("enable_lora", "disable_cascade_attn"))
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu() and not {"kv_cache_memory_bytes", "gpu_memory_utilization"} & checked.keys():
@@ -110,10 +110,10 @@ def dual_stream_arguments(model, config, dtype: str, arguments: dict) -> dict:
 
 
 @log.redirect_output()
-def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
+def engine_arguments(model, fixed: dict, arguments: dict, refused: Sequence[str] = ()) -> dict:
     """Merge and check the user's and snpatch's engine arguments.
 
-    refused: arguments that a user must not set.
+    fixed: snpatch's arguments, which a user cannot set. refused: further arguments that a user must not set.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -136,20 +136,20 @@ def engine_arguments(model, own: dict, arguments: dict, refused: Sequence[str] =
             "enforce_eager", True
         )  # compiled, it starts slower and was measured to run no faster on a CPU
     arguments.setdefault("use_tqdm_on_load", False)
-    own = {
+    fixed = {
         "model": resolve_revision(model),
         "tokenizer": resolve_revision(model),
         "disable_log_stats": True,
         "generation_config": "vllm",
-        **own,
+        **fixed,
     }
-    reserved = {*own, *refused} & arguments.keys()
+    reserved = {*fixed, *refused} & arguments.keys()
     if reserved:
         raise SnpatchError(f"backend vllm: {', '.join(sorted(reserved))} cannot be set")
     unknown = arguments.keys() - AsyncEngineArgs.__dataclass_fields__.keys()
     if unknown:
         raise SnpatchError(f"backend vllm: neither snpatch nor vLLM has an argument {', '.join(sorted(unknown))}")
-    return {**{name: _to_vllm_config(name, value) for name, value in arguments.items()}, **own}
+    return {**{name: _to_vllm_config(name, value) for name, value in arguments.items()}, **fixed}
 
 
 def _to_vllm_config(name: str, value: object) -> object:

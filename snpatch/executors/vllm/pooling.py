@@ -42,17 +42,17 @@ class PoolingEngine:
         versions.check()
         if batch_size is not None:
             if "max_num_seqs" in arguments:
-                raise SnpatchError("backend vllm: batch_size is max_num_seqs; give one of them")
+                raise SnpatchError("backend vllm: batch_size: expected no max_num_seqs with it, got both. Pass one.")
             arguments["max_num_seqs"] = batch_size
-        own: dict[str, Any] = {
+        fixed: dict[str, Any] = {
             "dtype": str(config.dtype or torch.float32).removeprefix("torch.") if dtype == "auto" else dtype,
             "runner": "pooling",
             "worker_extension_cls": "snpatch.executors.vllm.worker.score_head.ScoreWorkerExtension",
         }
         if has_bias is not None:
             layout = {"architectures": [plugin.SCORE_ARCHITECTURE], SCORE_BIAS: has_bias}
-            own["hf_overrides"] = {**layout, **arguments.pop("hf_overrides", {})}
-        checked = engine_arguments(model, own, arguments, refused=("convert", "pooler_config"))
+            fixed["hf_overrides"] = {**layout, **arguments.pop("hf_overrides", {})}
+        checked = engine_arguments(model, fixed, arguments, refused=("convert", "pooler_config"))
         self._request_numbers = count(1)
         self._engine, self._end = _start(model, {**_memory(config, checked), **checked})
 

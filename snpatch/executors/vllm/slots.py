@@ -40,21 +40,21 @@ class SlotPool:
                 f"with a larger {self.limit}"
             )
 
-    def has_room(self, wanted: Mapping[str, dict[str, Tensor]]) -> bool:
-        """Return whether every wanted key has a slot or can get one now."""
-        num_new = sum(key not in self._entries for key in wanted)
-        return num_new <= self.size - len(self._entries) + len(self._unused(wanted))
+    def has_room(self, requested: Mapping[str, dict[str, Tensor]]) -> bool:
+        """Return whether every requested key has a slot or can get one now."""
+        num_new = sum(key not in self._entries for key in requested)
+        return num_new <= self.size - len(self._entries) + len(self._unused(requested))
 
-    def acquire(self, wanted: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, int], dict[str, Write]]:
+    def acquire(self, requested: Mapping[str, dict[str, Tensor]]) -> tuple[dict[str, int], dict[str, Write]]:
         """Reserve slots until `release`; call only if `has_room`.
 
         Returns:
-            Key -> handle of everything wanted, and key -> write that has to be done before its first use.
+            Key -> handle of everything requested, and key -> write that has to be done before its first use.
         """
-        unused = self._unused(wanted)
-        self._users.update(wanted.keys())
+        unused = self._unused(requested)
+        self._users.update(requested.keys())
         writes = {}
-        for key, tensors in wanted.items():
+        for key, tensors in requested.items():
             if key in self._entries:
                 self._entries[key] = self._entries.pop(key)  # now the most recently used
                 continue
@@ -62,7 +62,7 @@ class SlotPool:
             self._entries[key] = self._next_handle, slot
             writes[key] = self.kind, self._next_handle, slot, tensors
             self._next_handle += 1
-        return {key: self._entries[key][0] for key in wanted}, writes
+        return {key: self._entries[key][0] for key in requested}, writes
 
     def release(self, keys: Iterable[str]) -> None:
         """End one use of each key."""
@@ -79,8 +79,8 @@ class SlotPool:
         """Number of slots that unfinished requests use."""
         return len(self._users)
 
-    def _unused(self, wanted: Mapping) -> list[str]:
-        return [key for key in self._entries if key not in self._users and key not in wanted]
+    def _unused(self, requested: Mapping) -> list[str]:
+        return [key for key in self._entries if key not in self._users and key not in requested]
 
     def _free_slot(self) -> int:
         used = {slot for _, slot in self._entries.values()}
@@ -153,17 +153,17 @@ class SlotAllocator:
         group: statistics group of the request, -1 for none.
         """
         resources = collect_resources(request)
-        wanted = {
+        requested = {
             "models": {key: model.scales.vectors for key, model in resources.models.items()},
             "rankings": {key: {"rank": ranking.rank} for key, ranking in resources.rankings.items()},
             "constants": {key: {"values": values} for key, values in resources.constants.items()},
         }
-        if not all([pool.has_room(wanted[name]) for name, pool in self._pools.items()]):
+        if not all([pool.has_room(requested[name]) for name, pool in self._pools.items()]):
             return None
         uses, writes, handles = [], [], {}
         for name, pool in self._pools.items():
-            handles[name], new_writes = pool.acquire(wanted[name])
-            uses.append((pool, list(wanted[name]), list(new_writes)))
+            handles[name], new_writes = pool.acquire(requested[name])
+            uses.append((pool, list(requested[name]), list(new_writes)))
             writes += [(*head, {n: pack(t) for n, t in tensors.items()}) for *head, tensors in new_writes.values()]
         return SlotLease(SlotIndex(**handles, group=group), writes, uses, _is_written=not writes)
 

@@ -88,10 +88,12 @@ class StreamingExecutor(VllmExecutorBase):
         lease = await self._admit(request)
         unfetched: int | None = None  # the request's ticket, until its records are fetched
         try:
-            sent = encode(lease)
-            unfetched = sent.tag.ticket
+            encoded = encode(lease)
+            unfetched = encoded.tag.ticket
             # aclosing aborts the request of a caller that stops iterating before its record is dropped below.
-            async with aclosing(self.engine.generate(sent.prompt, sent.params, sent.name, **sent.more)) as results:
+            async with aclosing(
+                self.engine.generate(encoded.prompt, encoded.params, encoded.name, **encoded.more)
+            ) as results:
                 async for result in results:
                     records = None
                     if result.finished and unfetched is not None:

@@ -58,19 +58,21 @@ def build_minimal_report(results: Sequence[MinimalResult], target_effect: float)
 
 def _build_headline(result: MinimalResult, target_effect: float) -> list[str]:
     search, target = result.search, format_percent(target_effect)
-    cost = f"{search.used} completions in {search.rounds} rounds; the complete grid needs {search.full}"
+    cost = f"{search.used} of {search.full} completions used, in {search.rounds} rounds"
     if search.k is None:
-        sentences = [f"{result.recipient}: no k of {result.ranking} recovers {target} ({cost})."]
+        sentences = [f"{result.recipient}: no k of ranking {result.ranking} recovers {target} ({cost})."]
     else:
         low = "below the grid" if search.low is None else search.low
         high = "above the grid" if search.high is None else search.high
         sentences = [
-            f"{result.recipient}: {search.k} neurons by {result.ranking} are the smallest top k of the grid that "
-            f"recovers {target} of {result.donor}'s gain (for similar prompts: {low} .. {high}; {cost})."
+            f"{result.recipient}: k = {search.k} of ranking {result.ranking} is the smallest k on the grid that "
+            f"recovers {target} of the gain of {result.donor} (interval over prompts: {low} .. {high}; {cost})."
         ]
     if result.blocks:
         names = ", ".join(f"{block.name} ({format_percent(block.effect)})" for block in result.blocks)
-        sentences.append(f"{result.recipient}: blocks of layers of {result.ranking}, the largest gain first: {names}.")
+        sentences.append(
+            f"{result.recipient}: blocks of layers of ranking {result.ranking}, largest gain first: {names}."
+        )
     return sentences
 
 

@@ -260,14 +260,14 @@ def _describe_recovery(result: SweepResult, judge: str, recipient: str, ranking:
     effects = [(row, row.effect) for row in result.line(judge, recipient, ranking) if row.effect is not None]
     best = max((effect for _, effect in effects), default=0.0)
     if best <= 0:
-        return f"no window of {ranking} neurons recovered any of {gain}"
+        return f"no window of ranking {ranking} recovers any of {gain}"
     row = min((row for row, effect in effects if effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
-    first_rank = f", from rank {row.rank_lo}" if row.rank_lo else ""
+    neurons = f"neurons {row.rank_lo} to {row.rank_hi - 1}" if row.rank_lo else f"top {row.rank_hi} neurons"
     effect_interval = format_interval(asdict(row), "effect", format_percent)
     certainty = f" ({result.config.confidence:.0%} CI {effect_interval})" if effect_interval else ""
     return (
-        f"{row.neuron_fraction:.1%} of the neurons ({row.rank_hi - row.rank_lo} by {ranking}{first_rank}) recovered "
-        f"{format_percent(row.effect)}{certainty} of {gain} of {result.donor}; {_describe_controls(result, row)}"
+        f"{neurons} of ranking {ranking} ({row.neuron_fraction:.1%}) recover {format_percent(row.effect)}{certainty} "
+        f"of {gain} of {result.donor}; {_describe_controls(result, row)}"
     )
 
 

@@ -224,7 +224,7 @@ def test_promise_6_for_logprobs_constants_statistics_and_captures(engine, monkey
         engine.logprobs(IDS, Job(0, "sft", "dpo", (0, ALL)).patch)
     with pytest.raises(ReceiptError):
         generate(engine, [Job(0, "sft", VALUES, (0, ALL))])
-    with pytest.raises(ReceiptError, match="tokens should have counted"):
+    with pytest.raises(ReceiptError, match="counted tokens per layer"):
         engine.contrast(IDS, "sft", "dpo", positions="prompt")
     with pytest.raises(ReceiptError, match="capture"):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)
@@ -285,7 +285,7 @@ def test_contrast_accepts_strings_and_token_ids(engine):
 
 
 def test_contrast_of_one_model_with_itself_is_an_error(engine):
-    with pytest.raises(SnpatchError, match="sft and sft are the same model by content: no neuron can differ"):
+    with pytest.raises(SnpatchError, match="expected two models, got sft and sft, which are equal by content"):
         engine.contrast(IDS, "sft", "sft", completions=COMPLETIONS)
 
 
@@ -391,7 +391,9 @@ def test_context_length_ends_a_completion(llama, engine):
     (completion,) = engine.generate([prompt], "sft", Sampling(max_tokens=10))
     expected = oracle.generate(oracle.model(*llama.checkpoints["sft"]), prompt, 3)
     assert (completion.token_ids, completion.finish_reason) == (expected.ids, "length")
-    with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
+    with pytest.raises(
+        SnpatchError, match=f"prompt 0: expected at most .* tokens for a context of {tiny.CONTEXT}, got 128"
+    ):
         engine.generate([[*prompt, 9, 9, 9]], "sft")
 
 
@@ -493,49 +495,58 @@ SCORED = Ranking.from_scores(torch.rand(SHAPE), [-1])
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda e: e.generate([IDS[0]], "nobody"), "no model named 'nobody': there are base, sft"),
-        (lambda e: e.generate([IDS[0]], Patch("sft", "nobody", RANKINGS[0], 3)), "no model named 'nobody'"),
+        (lambda e: e.generate([IDS[0]], "nobody"), "model: expected one of base, sft"),
+        (lambda e: e.generate([IDS[0]], Patch("sft", "nobody", RANKINGS[0], 3)), "got 'nobody'"),
         (lambda e: e.generate(IDS, ["base"]), "one for each of 8 prompts, got 1"),
-        (lambda e: e.generate([IDS[0]], Patch("sft", "dpo", OTHER, 1)), r"model of \[2, 5\], this one is \[3, 96\]"),
-        (lambda e: e.generate("a text"), "prompts must be a list"),
-        (lambda e: e.generate(ids for ids in IDS), "prompts must be a list; got generator"),
-        (lambda e: e.logprobs({"a": 1}), "prompts must be a list; got dict"),
-        (lambda e: e.generate([b"the cat"]), "prompt 0: expected a text, a chat"),
-        (lambda e: e.capture([None], "sft", RANKINGS[0], 3), "prompt 0: expected a text, a chat"),
-        (lambda e: e.contrast(IDS, "sft", "dpo", completions="a text"), "completions must be a list; got one text"),
+        (
+            lambda e: e.generate([IDS[0]], Patch("sft", "dpo", OTHER, 1)),
+            r"expected the model's shape \[3, 96\], got \[2, 5\]",
+        ),
+        (lambda e: e.generate("a text"), "prompts: expected a list"),
+        (lambda e: e.generate(ids for ids in IDS), "prompts: expected a list, got generator"),
+        (lambda e: e.logprobs({"a": 1}), "prompts: expected a list, got dict"),
+        (lambda e: e.generate([b"the cat"]), "prompt 0: expected a string, a chat"),
+        (lambda e: e.capture([None], "sft", RANKINGS[0], 3), "prompt 0: expected a string, a chat"),
+        (lambda e: e.contrast(IDS, "sft", "dpo", completions="a text"), "completions: expected a list, got one string"),
         (lambda e: e.contrast(IDS, "sft", "dpo", sampling={"max_tokens": 3}), "sampling: expected a Sampling, got"),
         (lambda e: e.generate(IDS, sampling={"max_tokens": 3}), "sampling: expected Sampling, got"),
-        (lambda e: e.generate([]), "list of prompts is empty"),
-        (lambda e: e.generate([IDS[0], []]), "prompt 1 has no tokens"),
-        (lambda e: e.generate([[1, 128]]), "token ids must be integers in 0..127"),
+        (lambda e: e.generate([]), "prompts: expected at least one prompt"),
+        (lambda e: e.generate([IDS[0], []]), "prompt 1: expected at least one token"),
+        (lambda e: e.generate([[1, 128]]), "expected token ids in 0..127"),
         (
             lambda e: e.contrast(IDS, "sft", "dpo", positions="somewhere"),
-            "positions must be one of completion, completion_shifted",
+            "positions: expected one of completion, completion_shifted",
         ),
-        (lambda e: e.contrast(IDS, "sft", "dpo", completions=COMPLETIONS[1:]), "8 prompts and 7 completions"),
-        (lambda e: e.contrast(IDS, "sft", "dpo", completions=[[]] * 8), "every completion is empty"),
-        (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[128]]), "token ids must be integers in 0..127"),
-        (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[9] * 123]), "context holds 128"),
-        (lambda e: e.logprobs(IDS, completions=COMPLETIONS[1:]), "8 prompts and 7 completions"),
-        (lambda e: e.logprobs(IDS, completions=COMPLETIONS), "completion 2 has no tokens"),
-        (lambda e: e.logprobs(IDS[:1], completions=[[9] * 123]), "prompt 0 has .* context holds 128"),
-        (lambda e: e.capture(IDS, "sft", RANKINGS[0], 0), r"k must lie in 1\.\.288"),
-        (lambda e: e.capture(IDS, "sft", SCORED, 193), r"k must lie in 1\.\.192"),
-        (lambda e: e.capture(IDS, "sft", RANKINGS[0], 3, positions=2), "prompt 1 has 2 tokens"),
+        (
+            lambda e: e.contrast(IDS, "sft", "dpo", completions=COMPLETIONS[1:]),
+            "completions: expected one for each of 8 prompts, got 7",
+        ),
+        (lambda e: e.contrast(IDS, "sft", "dpo", completions=[[]] * 8), "got only empty completions"),
+        (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[128]]), "expected token ids in 0..127"),
+        (lambda e: e.contrast(IDS[:1], "sft", "dpo", completions=[[9] * 123]), "for a context of 128"),
+        (
+            lambda e: e.logprobs(IDS, completions=COMPLETIONS[1:]),
+            "completions: expected one for each of 8 prompts, got 7",
+        ),
+        (lambda e: e.logprobs(IDS, completions=COMPLETIONS), "completion 2: expected at least one token"),
+        (lambda e: e.logprobs(IDS[:1], completions=[[9] * 123]), "prompt 0: expected at most .* for a context of 128"),
+        (lambda e: e.capture(IDS, "sft", RANKINGS[0], 0), r"k: expected 1\.\.288"),
+        (lambda e: e.capture(IDS, "sft", SCORED, 193), r"k: expected 1\.\.192"),
+        (lambda e: e.capture(IDS, "sft", RANKINGS[0], 3, positions=2), "the 2 tokens of prompt 1"),
         (lambda e: e.add_adapter("sft", []), "'sft' is taken"),
         (lambda e: Patch("sft", "dpo", SCORED, 193), "reaches past the ranking's 192 neurons"),
         (lambda e: Patch("sft", "dpo", SCORED, (3, 2)), "0 <= lo <= hi"),
         (
             lambda e: Patch("sft", "dpo", SCORED, 1, "somewhere"),
-            "positions must be one of all, prompt, last_prompt_token, completion",
+            "positions: expected one of all, prompt, last_prompt_token, completion",
         ),
         (lambda e: Patch("sft", Constant(torch.zeros(2, 5)), SCORED, 1), r"values are \[2, 5\]"),
         (lambda e: Constant(torch.full(SHAPE, math.nan)), r"constant holds NaN or infinity: .* got nan at"),
-        (lambda e: Noise(-VALUES.abs()), "must not be negative"),
+        (lambda e: Noise(-VALUES.abs()), "deviation: expected at least 0"),
         (lambda e: Constant.mean(SCORED), "holds no recipient_mean"),
-        (lambda e: Sampling(max_tokens=0), "max_tokens must be at least 1"),
-        (lambda e: Sampling(temperature=-1.0), "temperature must be 0 .greedy. or at least 1e-5"),
-        (lambda e: Sampling(top_p=0.0), r"top_p must lie in \(0, 1\]"),
+        (lambda e: Sampling(max_tokens=0), "max_tokens: expected at least 1"),
+        (lambda e: Sampling(temperature=-1.0), "temperature: expected 0 .greedy. or at least 1e-5"),
+        (lambda e: Sampling(top_p=0.0), r"top_p: expected a value in \(0, 1\]"),
     ],
 )
 def test_invalid_call_error_names_the_cause(engine, call, message):

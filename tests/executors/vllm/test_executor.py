@@ -333,7 +333,7 @@ def test_promise_6_holds_for_statistics_and_captures(engine, monkeypatch):
     glu = get_dual_stream(engine).glus[1]
     stats, count, capture, receipt = glu.outputs
     monkeypatch.setattr(glu, "outputs", (stats.clone(), count.clone(), capture.clone(), receipt))
-    with pytest.raises(ReceiptError, match="tokens should have counted"):
+    with pytest.raises(ReceiptError, match="counted tokens per layer"):
         engine.contrast(IDS, "sft", "dpo", positions="prompt")
     with pytest.raises(ReceiptError, match="capture is incomplete"):
         engine.capture(IDS, "sft", RANKINGS[0], ALL)
@@ -511,7 +511,7 @@ def test_patch_with_several_interventions_matches_the_oracle(llama, start):
     ):
         engine.generate([IDS[0]], large_patch)
     donors = Job(0, "base", "dpo", (0, 5), further=(Job(0, "", "sft", (5, 9)),))
-    with pytest.raises(SnpatchError, match=r"its interventions name 2 donor models \(dpo, sft\): one can run"):
+    with pytest.raises(SnpatchError, match=r"interventions: expected at most one donor model, got dpo, sft"):
         donors.patch  # noqa: B018
 
 
@@ -644,7 +644,9 @@ def test_context_ends_a_completion_and_can_be_filled_by_a_prompt(eos_engines):
     torch.testing.assert_close(
         *(e.logprobs([full_context], "dpo")[0].values for e in (engine, reference)), rtol=0, atol=1e-4
     )
-    with pytest.raises(SnpatchError, match=f"prompt 0 has 128 tokens, the model's context holds {tiny.CONTEXT}"):
+    with pytest.raises(
+        SnpatchError, match=f"prompt 0: expected at most .* tokens for a context of {tiny.CONTEXT}, got 128"
+    ):
         engine.generate([full_context], "sft")
 
 
@@ -693,7 +695,7 @@ def test_one_stream_rejects_donors_only(llama, start):
     ("options", "message"),
     [
         ({"nonsense": 1}, "neither snpatch nor vLLM has an argument nonsense"),
-        ({"batch_size": 8}, "batch_size is max_num_seqs; give one of them"),
+        ({"batch_size": 8}, "batch_size: expected no max_num_seqs with it"),
         ({"enable_lora": True}, "enable_lora cannot be set"),
         ({"pipeline_parallel_size": 2}, "cannot be combined with pipeline parallel"),
         ({"compilation_config": {"dynamic_shapes_config": {"type": "unbacked"}}}, "with unbacked dynamic shapes"),
@@ -702,9 +704,9 @@ def test_one_stream_rejects_donors_only(llama, start):
         ({"compilation_config": {"compile_sizes": [8], "custom_ops": ["+rotary_embedding"]}},
          "compile_sizes together with"),
         ({"max_model_len": 129}, "max_model_len: expected 1 to 128, got 129"),
-        ({"dtype": "float99"}, "dtype must be one of auto, float32"),
-        ({"streams": 3}, "streams must be one of 1, 2, got 3"),
-        ({"max_rankings": 0}, "max_rankings must be at least 1, got 0"),
+        ({"dtype": "float99"}, "dtype: expected one of auto, float32"),
+        ({"streams": 3}, "streams: expected one of 1, 2, got 3"),
+        ({"max_rankings": 0}, "max_rankings: expected at least 1, got 0"),
         ({"scales_kv": False}, "this engine was started without; start it with scales_kv=True"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}},
          "cannot be combined with speculative decoding"),

@@ -61,7 +61,7 @@ def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
         captured = engine.capture(IDS, "sft", RANKINGS[0], ALL)
         want = torch.stack([models[0].activations(ids)[-1][tuple(RANKINGS[0].top(ALL).T)] for ids in IDS])
         assert (captured - want).abs().max() <= 1e-5 * want.abs().max()
-        with pytest.raises(SnpatchError, match="no model named 'nobody'"):
+        with pytest.raises(SnpatchError, match="got 'nobody'"):
             engine.generate(IDS, "nobody")
         # vLLM's own client would wait forever for a killed process.
         (core,) = (pid for pid in descendants(os.getpid()) if b"EngineCore" in command_line(pid))
@@ -100,7 +100,7 @@ def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, caplo
         killer.start()
         result = run(tmp_path)
         killer.join()
-        assert "a run failed and starts again: vLLM's engine has ended" in caplog.text
+        assert "the engine run failed and is retried: vLLM's engine has ended" in caplog.text
         assert result.failures == []
         assert result.rows == run().rows
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
