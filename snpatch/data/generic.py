@@ -39,6 +39,8 @@ CONTEXT_COLUMNS = ("input", "context", "choices", "options", "system", "system_p
 HARMBENCH_CONTEXT = "contextstring"  # ignored by the paper
 ANSWER_COLUMNS = ("response", "completion")
 TEXT_ANSWER_COLUMNS = ("output", "answer")  # of alpaca, dolly, ...: answers only if they are strings
+LABEL_COLUMNS = ("label", "labels")  # of KTO's form: whether the answer is good
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
     "the texts differ before the last turn",
     "an answer is empty",
@@ -52,8 +54,8 @@ def generic_format(column: str | None = None) -> Format:
     The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
     ("\n\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
 
-    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`), and
-    `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is removed. Without
+    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`, of
+    which only LABELS are known), and `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is removed. Without
     a prompt column that beginning is the prompt.
 
     Args:
@@ -229,15 +231,14 @@ def _build_example(
         meta |= {"no_pair": reason} if reason else {}
     elif prompt is None:
         raise RowError("chosen and rejected hold no prompt: expected conversations that begin alike")
-    if response is not None and rejected is None and _is_bad(row):
-        response, rejected = None, response
+    if response is not None and rejected is None and (label_columns := _select([*row], LABEL_COLUMNS)):
+        labels = {LABELS.get(str(row[name]).strip().lower()) for name in label_columns}
+        if labels == {False}:
+            response, rejected = None, response
+        elif labels != {True}:
+            response = None
+            meta |= {"no_answer": f"{' and '.join(label_columns)} is not true, false, 1 or 0"}
     return Example(prompt, response, chosen, rejected, None if dialogue == prompt else dialogue, meta)
-
-
-def _is_bad(row: dict) -> bool:
-    """Return whether a row in KTO's form (completion and label) labels its answer as bad."""
-    label = str(row.get("label")).strip().lower()
-    return label == "false" or (label == "0" and row.get("completion") is not None)
 
 
 def _get_response(row: dict, field: str, default: str | None) -> str | None:

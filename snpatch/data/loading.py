@@ -104,7 +104,7 @@ def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: d
         why = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
         raise SnpatchError(f"{name}: holds no prompt ({read} rows, {skipped} of them bad){why}")
     counts = {"rows": read, "skipped": skipped, "left_out": dict(left_out)}
-    for reason in ("no_pair", "left_aside"):
+    for reason in ("no_pair", "no_answer", "left_aside"):
         counts[reason] = dict(Counter(e.meta[reason] for e in examples if reason in e.meta))
     examples = tuple(examples)
     return Dataset(name, examples, skipped, {**origin, **counts, "sha256": fingerprint_examples(examples)})

@@ -240,10 +240,17 @@ def test_pairs_without_answer_are_counted(tmp_path):
         load_dataset(write(tmp_path, "p", ".jsonl", rows[1:])).pairs()
 
 
-@pytest.mark.parametrize("labels", [(True, False), ("True", "False"), (1, 0), ("1", "0")])
-def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
+LABEL_PAIRS = [
+    (True, False), ("True", "False"), (" TRUE", "false "), (1, 0), ("1", "0"), (1.0, 0.0), ("1.0", "0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", LABEL_PAIRS)
+@pytest.mark.parametrize("column", ["label", "Label", "labels"])
+@pytest.mark.parametrize("answer_column", ["completion", "response", "output"])
+def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels, column, answer_column):
     """KTO's form."""
-    good_row, bad_row = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
+    good_row, bad_row = ({"prompt": p, answer_column: c, column: n} for p, c, n in zip("ab", "xy", labels, strict=True))
     rows = [good_row, bad_row, {"prompt": "c"}]
     data = load_dataset(write(tmp_path, "kto", ".jsonl", rows))
     assert data.prompts == [user("a"), user("b"), user("c")]
@@ -252,9 +259,25 @@ def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
     assert dict(conversations.dropped) == {"no answer but one that is labeled bad": 1, "no answer": 1}
 
 
-def test_other_labels_do_not_change_answers(tmp_path):
-    assert load_row(tmp_path, {"prompt": "a", "response": "x", "label": 0}).response == "x"
-    assert load_row(tmp_path, {"prompt": "a", "response": "x", "label": "safe"}).response == "x"
+@pytest.mark.parametrize(
+    "label", ["undesirable", "desirable", "safe", "bad", "no", -1, 2, 0.5, None, "", [], float("nan")]
+)
+def test_answers_with_unknown_label_are_not_used_and_counted(tmp_path, label):
+    rows = [{"prompt": "a", "completion": "x", "label": label}, {"prompt": "b", "completion": "y", "label": True}]
+    data = load_dataset(write(tmp_path, "kto", ".jsonl", rows))
+    assert data.prompts == [user("a"), user("b")]
+    reason = "label is not true, false, 1 or 0"
+    assert data.row_notes == [f"the answer of 1 of 2 rows is not used: {reason}"]
+    conversations = data.conversations()
+    assert conversations == [{"messages": turns("b", "y")}]
+    assert dict(conversations.dropped) == {reason: 1}
+    with pytest.raises(SnpatchError, match=rf"has no responses to train on \(1 rows: {reason}\)"):
+        load_dataset(write(tmp_path, "kto", ".jsonl", rows[:1])).conversations()
+
+
+def test_label_of_prompt_without_answer_is_ignored(tmp_path):
+    data = load_dataset(write(tmp_path, "xstest", ".jsonl", [{"prompt": "a", "label": "safe"}]))
+    assert (data.prompts, data.row_notes) == ([user("a")], [])
 
 
 def test_filter_accepts_values_as_json_strings(tmp_path):
