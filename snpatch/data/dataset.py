@@ -46,7 +46,8 @@ class Dataset:
         skipped: Number of invalid rows that were skipped.
         source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair`,
             `no_answer` and `left_aside` (reason -> number of rows that the format drops, that have no preference pair,
-            whose answer cannot be used, or of which a part is ignored); `sha256`, the fingerprint when loaded; `selection`, if it is a part of the examples.
+            whose answer cannot be used, or of which a part is ignored); `sha256`, the fingerprint when loaded;
+            `selection`, if it is a part of the examples.
     """
 
     name: str

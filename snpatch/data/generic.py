@@ -24,7 +24,7 @@ from snpatch.data.formats import (
     split_answer,
     user,
 )
-from snpatch.data.source_row import list_columns
+from snpatch.data.source_row import is_turns_column, list_columns, normalize_column
 from snpatch.utils.optional import require
 
 PREFERRED_COLUMNS = ("prompt", "messages")  # taken before all others
@@ -52,11 +52,11 @@ def generic_format(column: str | None = None) -> Format:
     r"""Return the format of rows of no published dataset.
 
     The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
-    ("\n\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
+    ("\n\nHuman: ...") is parsed to messages; of a list of strings in `turns` the first is the prompt.
 
-    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`, of
-    which only LABELS are known), and `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is removed. Without
-    a prompt column that beginning is the prompt.
+    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`, one of
+    LABELS), and `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is
+    removed. Without a prompt column that beginning is the prompt.
 
     Args:
         column: Column with the prompt; None: found by its name.
@@ -72,7 +72,9 @@ def line_format() -> Format:
 
 def parse_completion_prompt(row: dict) -> Chat | None:
     """Return the prompt in a completion's row, without its answer; None if the row has no prompt."""
-    prompts = {name: value for name, value in row.items() if _normalize(name) in (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)}
+    prompts = {
+        name: value for name, value in row.items() if normalize_column(name) in (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)
+    }
     example = _parse_row(prompts, None) if prompts else None
     return example.prompt if isinstance(example, Example) else None
 
@@ -85,7 +87,7 @@ def _parse_row(row: dict, column: str | None) -> Example | str:
     field = column or _find_prompt_column(row)
     if field is None:
         return hh(row) if _is_transcript(row["chosen"]) else _build_example(row, None, None, None, {})
-    value, kind = row[field], _normalize(field)
+    value, kind = row[field], normalize_column(field)
     ignored = {} if column else _check_other_columns(row, field)
     if kind == "transcript" and column is None:
         return red_team(row)
@@ -94,6 +96,8 @@ def _parse_row(row: dict, column: str | None) -> Example | str:
             return sharegpt({**row, "conversations": value})
         if isinstance(value[0], str) and kind.startswith("conversation"):
             return lima({**row, "conversations": value})
+        if isinstance(value[0], str) and not is_turns_column(field):
+            raise RowError(f"{field}: expected a text or messages, got a list of texts. Write one row for each text")
         if isinstance(value[0], str) and len(value) > 1:
             ignored |= {"left_aside": "user turns after the first"}
     prompt, response = _parse_prompt(row, field)
@@ -113,7 +117,7 @@ def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[0], str):
         return user(get_text({field: value[0]}, field)), None
-    if isinstance(value, list) or _normalize(field) == "messages":
+    if isinstance(value, list) or normalize_column(field) == "messages":
         return _split_response(get_turns(row, field))
     if not _is_transcript(value):
         return user(get_text(row, field)), None
@@ -133,8 +137,8 @@ def _find_prompt_column(names: Iterable[str]) -> str | None:
     candidates = (
         _select(names, PREFERRED_COLUMNS[:1]) or _select(names, PREFERRED_COLUMNS[1:]) or _select(names, PROMPT_COLUMNS)
     )
-    kinds = {_normalize(name) for name in candidates}
-    candidates = [name for name in candidates if not kinds & {*YIELDS_TO.get(_normalize(name), ())}]
+    kinds = {normalize_column(name) for name in candidates}
+    candidates = [name for name in candidates if not kinds & {*YIELDS_TO.get(normalize_column(name), ())}]
     if len(candidates) > 1:
         raise RowError(
             f"one prompt, got {', '.join(candidates)}, each of which may be it: name it by column (--column)"
@@ -158,11 +162,7 @@ def _find_prompt_error(names: Iterable[str]) -> str | None:
 
 
 def _select(names: list[str], choices: tuple[str, ...]) -> list[str]:
-    return [name for name in names if _normalize(name) in choices]
-
-
-def _normalize(name: str) -> str:
-    return str(name).strip().lower().replace(" ", "_").replace("-", "_")
+    return [name for name in names if normalize_column(name) in choices]
 
 
 def _check_other_columns(row: dict, field: str) -> dict[str, str]:
@@ -171,12 +171,12 @@ def _check_other_columns(row: dict, field: str) -> dict[str, str]:
     for name, value in row.items():
         if name == field or not _is_filled(value):
             continue
-        if _normalize(name) in CONTEXT_COLUMNS:
+        if normalize_column(name) in CONTEXT_COLUMNS:
             raise RowError(
                 f"{name} may belong to the prompt in {field}. Ignore it with --column {field}, or write both into one "
                 "column"
             )
-        if _normalize(name) == HARMBENCH_CONTEXT:
+        if normalize_column(name) == HARMBENCH_CONTEXT:
             ignored = {"left_aside": f"{name}, the context of a prompt"}
     return ignored
 

@@ -358,6 +358,92 @@ def test_json_files_of_other_shapes_are_read(tmp_path, name, content):
     assert load_dataset(tmp_path / name).prompts == AB
 
 
+TABLES = {
+    "texts": {"prompt": ["a", "b"], "id": [1, 2]},
+    "AdvBench": {"goal": ["a", "b"], "target": ["x", "y"]},
+    "one row": {"prompt": ["a"]},
+    "pairs": {"prompt": ["a", "b"], "chosen": ["x", "y"], "rejected": ["v", "w"]},
+    "chats": {"messages": [user("a"), user("b")], "id": [1, 2]},
+    "turns": {"turns": ["a", "b"], "id": [1, 2]},
+    "objects": {"prompt": ["a", "b"], "meta": [{"x": 1}, {"x": 2}]},
+}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("name", TABLES)
+def test_json_table_of_columns_gives_one_row_per_item(tmp_path, name, suffix, indent):
+    path = tmp_path / f"p{suffix}"
+    path.write_text(json.dumps(TABLES[name], indent=indent))
+    data = load_dataset(path)
+    assert data.prompts == (AB if len(next(iter(TABLES[name].values()))) > 1 else AB[:1])
+    assert data.source["rows"] == len(data)
+
+
+def test_json_table_of_named_column_and_named_format_is_read(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"text": ["a", "b"], "id": [1, 2]}))
+    assert load_dataset(tmp_path / "p.json", column="text").prompts == AB
+    (tmp_path / "p.json").write_text(json.dumps({"question": ["a", "b"]}))
+    assert load_dataset(tmp_path / "p.json", format="jailbreak-llms").prompts == AB
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"prompt": ["a", "b"], "id": [1]}, r"p\.json: expected columns of one length, got 2 of prompt, 1 of"),
+        ({"prompt": ["a", "b"], "source": "x"}, "1: prompt: expected a text or messages, got a list of texts"),
+        ({"prompt": ["a", None]}, "item 2: prompt must be a text that is not empty, got None"),
+        ({"prompt": [["a", "b"]]}, "item 1: prompt: expected a text or messages, got a list of texts"),
+        ({"prompt": {"0": "a", "1": "b"}, "id": {"0": 1, "1": 2}}, "prompt must be a text that is not empty, got {'0'"),
+        ({"0": {"prompt": "a"}, "1": {"prompt": "b"}}, "expected an object with prompt or messages, got 0, 1"),
+        ({"columns": ["prompt"], "index": [0, 1], "data": [["a"], ["b"]]}, "got columns, index, data"),
+        ({"columns": ["prompt"], "data": [["a"], ["b"]]}, "prompt or messages, got columns, data"),
+        ({"columns": ["prompt"], "index": [], "data": []}, "prompt or messages, got columns, index, data"),
+        ({"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}, "prompt or messages, got train, test"),
+        ([{"prompt": ["a", "b"]}], "item 1: prompt: expected a text or messages, got a list of texts"),
+    ],
+)  # fmt: skip
+def test_json_table_of_other_shape_is_rejected(tmp_path, table, message):
+    (tmp_path / "p.json").write_text(json.dumps(table))
+    with pytest.raises(SnpatchError, match=message):
+        load_dataset(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "a", "tags": ["x", "y"]}, "a"),
+        ({"conversations": ["a", "x"]}, "a"),
+        ({"turns": ["a", "x"]}, "a"),
+        ({"messages": turns("a", "x"), "tags": ["x", "y"]}, "a"),
+        ({"prompt": user("a"), "chosen": answer("x"), "rejected": answer("y")}, "a"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "a"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_object_of_one_row_is_one_row(tmp_path, row, prompt, indent):
+    (tmp_path / "p.json").write_text(json.dumps(row, indent=indent))
+    assert load_dataset(tmp_path / "p.json").prompts == [user(prompt)]
+
+
+@pytest.mark.parametrize("orient", ["index", "split", "columns", "values"])
+def test_json_of_pandas_other_than_records_is_rejected(tmp_path, orient):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"prompt": ["a", "b"], "id": [1, 2]})
+    frame.to_json(tmp_path / "p.json", orient=orient)
+    with pytest.raises(SnpatchError, match=r"p\.json, (item|line) 1: "):
+        load_dataset(tmp_path / "p.json")
+    for good in ("records", "table"):
+        frame.to_json(tmp_path / "p.json", orient=good)
+        assert load_dataset(tmp_path / "p.json").prompts == AB
+
+
+def test_list_of_texts_in_jsonl_is_rejected_with_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": ["a", "b"]}\n{"prompt": ["c"]}\n')
+    with pytest.raises(SnpatchError, match="line 1: prompt: expected a text or messages, got a list of texts"):
+        load_dataset(tmp_path / "p.jsonl")
+
+
 def test_json_object_on_several_lines_is_one_row(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"messages": turns("a", "b")}, indent=2))
     assert load_dataset(tmp_path / "p.json").conversations() == [{"messages": turns("a", "b")}]
