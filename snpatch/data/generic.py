@@ -70,12 +70,17 @@ def line_format() -> Format:
     return Format(_parse_line, (("text",),))
 
 
-def parse_completion_prompt(row: dict) -> Chat | None:
-    """Return the prompt in a completion's row, without its answer; None if the row has no prompt."""
-    prompts = {
-        name: value for name, value in row.items() if normalize_column(name) in (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)
-    }
-    example = _parse_row(prompts, None) if prompts else None
+def parse_completion_prompt(row: dict, column: str | None = None) -> Chat | None:
+    """Return the prompt in a completion's row, without its answer; None if the row has no prompt.
+
+    column: see generic_format; a row without it, as `snpatch generate` writes it, has the prompt in a known column.
+    """
+    if column in row:
+        prompts = {column: row[column]}
+    else:
+        column, known = None, (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)
+        prompts = {name: value for name, value in row.items() if normalize_column(name) in known}
+    example = _parse_row(prompts, column) if prompts else None
     return example.prompt if isinstance(example, Example) else None
 
 

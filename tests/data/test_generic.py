@@ -326,6 +326,32 @@ def test_completions_of_conversations_are_compared_by_messages(tmp_path):
         read_completions(write(tmp_path, "c", ".jsonl", [{"prompt": 7, "completion": "B"}]), None, [chat])
 
 
+@pytest.mark.parametrize("column", ["prompt_text", "text", "user", "Frage"])
+def test_completions_are_compared_by_given_column(tmp_path, caplog, column):
+    chats = [user("one"), user("two")]
+    path = write(tmp_path, "c", ".jsonl", [{column: w, "completion": f"re {w}"} for w in ("one", "two")])
+    assert read_completions(path, None, chats, column) == ["re one", "re two"]
+    assert caplog.messages == []
+    with pytest.raises(
+        SnpatchError, match=r"c\.jsonl, line 1: expected the completion of the prompt 'two', got that of 'o"
+    ):
+        read_completions(path, None, chats[::-1], column)
+    path = write(tmp_path, "c", ".jsonl", [{"prompt": w, "completion": f"re {w}"} for w in ("one", "two")])
+    with pytest.raises(SnpatchError, match="line 1: expected the completion of the prompt 'two', got that of 'one'"):
+        read_completions(path, None, chats[::-1], column)
+
+
+def test_completions_that_name_no_prompt_are_paired_by_position_with_warning(tmp_path, caplog):
+    rows = [{"prompt": "one", "completion": "1"}, {"text": "x", "completion": "2"}]
+    assert read_completions(write(tmp_path, "c", ".jsonl", rows), None, [user("one"), user("two")]) == ["1", "2"]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "1 of 2 rows name no prompt (columns: text, completion): they are paired with the prompts by position"
+    )
+    assert read_completions(tmp_path / "c.jsonl") == ["1", "2"]
+    assert len(caplog.messages) == 1
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 LINES = b'{"prompt": "a"}\n{"prompt": "b"}\n'
