@@ -91,7 +91,7 @@ def _parse_line(row: dict) -> Example | str:
 def _parse_row(row: dict, column: str | None) -> Example | str:
     field = column or _find_prompt_column(row)
     if field is None:
-        return hh(row) if _is_transcript(row["chosen"]) else _build_example(row, None, None, None, {})
+        return hh(row) if _is_transcript(row["chosen"]) else _build_example(row, None)
     value, kind = row[field], normalize_column(field)
     ignored = {} if column else _check_other_columns(row, field)
     if kind == "transcript" and column is None:
@@ -111,7 +111,7 @@ def _parse_row(row: dict, column: str | None) -> Example | str:
         dialogue, response = split_answer(get_turns(row, "messages"))
         if not _starts_with(dialogue, prompt):
             raise RowError("messages begin with another text than prompt: choose one by column")
-    return _build_example(row, prompt, dialogue, response, ignored, field)
+    return _build_example(row, prompt, dialogue, response, ignored, field, is_named=column is not None)
 
 
 def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
@@ -211,18 +211,31 @@ def _split_response(turns: Chat) -> tuple[Chat, str | None]:
 
 
 def _build_example(
-    row: dict, prompt: Chat | None, dialogue: Chat | None, response: str | None, meta: dict, field: str | None = None
+    row: dict,
+    prompt: Chat | None,
+    dialogue: Chat | None = None,
+    response: str | None = None,
+    meta: dict[str, str] | None = None,
+    field: str | None = None,
+    is_named: bool = False,
 ) -> Example:
     """Return an example of a prompt and the answers in other columns.
 
-    prompt: None if it is the beginning of chosen and rejected.
+    Args:
+        row: The row.
+        prompt: None if it is the beginning of chosen and rejected.
+        dialogue: Messages before the answer in `messages`; None: the prompt.
+        response: Answer after the prompt or the dialogue.
+        meta: Notes on the row.
+        field: Column with the prompt.
+        is_named: The user named the column, and so wants nothing but the prompt of an ambiguous row.
     """
-    for name in ANSWER_COLUMNS:
-        response = _get_response(row, name, response)
-    for name in TEXT_ANSWER_COLUMNS:
-        if response is None and name != field and isinstance(row.get(name), str):
-            response = get_text(row, name, empty=True)
-    meta = {**rest(row, *filter(None, (field,)), *ANSWER_COLUMNS, *PAIR_COLUMNS), **meta}
+    answers = _find_answers(row, field)
+    if response is not None:
+        answers[field if dialogue is None else "messages"] = response
+    response, conflict = _choose_answer(answers, field, is_named)
+    meta = {**rest(row, *filter(None, (field,)), *answers, *PAIR_COLUMNS), **(meta or {})}
+    meta |= {"no_answer": conflict} if conflict else {}
     chosen, rejected = (_parse_answer(row, name) for name in PAIR_COLUMNS)
     if missing := [name for name, answer in zip(PAIR_COLUMNS, (chosen, rejected), strict=True) if not answer]:
         meta |= {"no_pair": f"no {' and '.join(missing)} answer"} if row.keys() & {*PAIR_COLUMNS} else {}
@@ -246,13 +259,32 @@ def _build_example(
     return Example(prompt, response, chosen, rejected, None if dialogue == prompt else dialogue, meta)
 
 
-def _get_response(row: dict, field: str, default: str | None) -> str | None:
-    if row.get(field) is None:
-        return default
-    answer = _parse_answer(row, field)
-    if isinstance(answer, list):
-        raise RowError(f"{field} must be a text or one assistant turn")
-    return answer
+def _find_answers(row: dict, field: str | None) -> dict[str, str]:
+    """Return the answers in the columns of a row other than the prompt's."""
+    answers = {}
+    for name, value in row.items():
+        kind = normalize_column(name)
+        if name == field or value is None:
+            continue
+        if kind in ANSWER_COLUMNS:
+            answers[name] = _parse_answer(row, name)
+            if isinstance(answers[name], list):
+                raise RowError(f"{name} must be a text or one assistant turn")
+        elif kind in TEXT_ANSWER_COLUMNS and isinstance(value, str):
+            answers[name] = get_text(row, name, empty=True)
+    return answers
+
+
+def _choose_answer(answers: dict[str, str], field: str | None, is_named: bool) -> tuple[str | None, str | None]:
+    """Return (the answer or None, why none of several is used or None); raise a RowError if they differ."""
+    different = {answer: name for name, answer in reversed(answers.items()) if answer}
+    if len(different) <= 1:
+        return next(iter(different), "" if answers else None), None
+    names = ", ".join(reversed(different.values()))
+    if is_named:
+        return None, f"several answers ({names})"
+    remedy = f", or read the prompt alone with --column {field}" if field else ""
+    raise RowError(f"expected one answer, got {names}, which differ. Remove all but one{remedy}")
 
 
 def _parse_answer(row: dict, field: str) -> str | Chat | None:

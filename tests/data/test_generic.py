@@ -240,6 +240,47 @@ def test_pairs_without_answer_are_counted(tmp_path):
         load_dataset(write(tmp_path, "p", ".jsonl", rows[1:])).pairs()
 
 
+ANSWERS = {
+    "response,completion": {"prompt": "p", "response": "x", "completion": "y"},
+    "output,answer": {"prompt": "p", "output": "x", "answer": "y"},
+    "response,output": {"instruction": "p", "response": "x", "output": "y"},
+    "Response,answer": {"question": "p", "Response": "x", "answer": "y"},
+    "messages,response": {"messages": turns("p", "x"), "response": "y"},
+    "messages,completion": {"prompt": "p", "messages": turns("p", "x"), "completion": answer("y")},
+}
+
+
+@pytest.mark.parametrize("names", ANSWERS)
+def test_two_different_answers_are_rejected_naming_both(tmp_path, names):
+    row, (first, second) = ANSWERS[names], names.split(",")
+    field = next(name for name in ("prompt", "messages", "instruction", "question") if name in row)
+    with pytest.raises(
+        SnpatchError, match=f"line 1: expected one answer, got ({first}, {second}|{second}, {first}), which differ"
+    ) as caught:
+        load_row(tmp_path, row)
+    assert f"Remove all but one, or read the prompt alone with --column {field}" in str(caught.value)
+    data = load_dataset(write(tmp_path, "data", ".jsonl", [row]), column=field)
+    assert data.prompts == [user("p")]
+    assert data.examples[0].response is None or field != "messages"
+    equal = {name: ("x" if name in (second, "answer", "completion") else value) for name, value in row.items()}
+    assert load_row(tmp_path, equal).response == "x"
+
+
+def test_several_answers_of_named_prompt_are_counted(tmp_path):
+    rows = [{"prompt": "p", "response": "x", "completion": "y"}, {"prompt": "q", "response": "x"}]
+    data = load_dataset(write(tmp_path, "data", ".jsonl", rows), column="prompt")
+    reason = "several answers (response, completion)"
+    assert data.row_notes == [f"the answer of 1 of 2 rows is not used: {reason}"]
+    conversations = data.conversations()
+    assert (conversations, dict(conversations.dropped)) == ([{"messages": turns("q", "x")}], {reason: 1})
+
+
+def test_empty_answer_beside_another_is_ignored(tmp_path):
+    for row in ({"prompt": "p", "response": "x", "output": ""}, {"prompt": "p", "response": " ", "output": "x"}):
+        assert load_row(tmp_path, row).response == "x"
+    assert load_row(tmp_path, {"prompt": "p", "response": "", "completion": None}).response == ""
+
+
 LABEL_PAIRS = [
     (True, False), ("True", "False"), (" TRUE", "false "), (1, 0), ("1", "0"), (1.0, 0.0), ("1.0", "0.0"),
 ]  # fmt: skip
