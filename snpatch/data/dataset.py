@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from snpatch.data.source_row import list_columns
 from snpatch.errors import SnpatchError, one_line
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class Dataset:
         skipped: Number of invalid rows that were skipped.
         source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair`,
             `no_answer` and `left_aside` (reason -> number of rows that the format drops, that have no preference pair,
-            whose answer cannot be used, or of which a part is ignored); `sha256`, the fingerprint when loaded;
-            `selection`, if it is a part of the examples.
+            whose answer cannot be used, or of which a part is ignored); `unused_columns` with texts; `sha256`, the
+            fingerprint when loaded; `selection`, if it is a part of the examples.
     """
 
     name: str
@@ -122,7 +123,7 @@ class Dataset:
 
     @property
     def row_notes(self) -> list[str]:
-        """Return one line per reason why rows of the source were dropped or read in part."""
+        """Return one line per reason why rows of the source were dropped or read in part, and one of unused columns."""
         lines = [f"skipped {self.skipped} invalid rows"] if self.skipped else []
         for key, text in (
             ("left_out", "dropped {} of {} rows: {}"),
@@ -131,6 +132,8 @@ class Dataset:
             ("left_aside", "ignored in {} of {} rows: {}"),
         ):
             lines += [text.format(n, self.source["rows"], why) for why, n in self.source[key].items()]
+        if names := self.source["unused_columns"]:
+            lines.append(f"columns that are not used: {list_columns(names)}")
         return lines
 
     def log_row_notes(self, name: str) -> None:

@@ -204,14 +204,19 @@ def _read_json_document(path: Path, content: bytes, columns: Columns) -> Iterato
 def _find_rows(path: Path, value: object, columns: Columns) -> list | None:
     """Return the rows in an object such as {"data": [...]} or {"prompt": [...], "id": [...]}, or None.
 
-    The rows are the items of its only list, objects or strings, or of its columns.
+    The rows are the items of its columns, or of its only list, objects or strings; these get the object's other fields.
     """
     if not isinstance(value, dict):
         return None
-    lists = [item for item in value.values() if isinstance(item, list)]
+    lists = {name: item for name, item in value.items() if isinstance(item, list)}
     if find_column_error(value, columns) is None:
         return _transpose_columns(path, value) if len(lists) == len(value) and not _is_row_of_lists(value) else None
-    return lists[0] if len(lists) == 1 and lists[0] and isinstance(lists[0][0], dict | str) else None
+    ((name, rows),) = lists.items() if len(lists) == 1 else ((None, []),)
+    if not rows or not isinstance(rows[0], dict | str):
+        return None
+    shared = {key: item for key, item in value.items() if key != name}
+    rows = ({"prompt": row} if isinstance(row, str) else row for row in rows)
+    return [{**shared, **row} if isinstance(row, dict) else row for row in rows]
 
 
 def _transpose_columns(path: Path, table: dict[str, list]) -> list[dict]:

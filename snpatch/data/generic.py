@@ -5,7 +5,9 @@ another prompt. `column` chooses one.
 """
 
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from snpatch.data.dataset import Chat, Example
@@ -35,12 +37,24 @@ PROMPT_COLUMNS = (
 # A column that is the prompt only if none of these exists: JailbreakBench, alpaca.
 YIELDS_TO = {"behavior": ("goal",), "input": PROMPT_COLUMNS[:-1]}
 PAIR_COLUMNS = ("chosen", "rejected")
-CONTEXT_COLUMNS = ("input", "context", "choices", "options", "system", "system_prompt", "history")
+# Names of columns that change what the model would read, beside the prompt.
+CONTEXT_COLUMN = re.compile(
+    r"^sys(?:tem|_)|context|history|^im(?:g|age)|image|audio|video|passage|paragraph|^(?:input|choices|options|docs)$"
+    r"|(?:^|_)documents?(?:_|$)|(?:^|_)tools?(?:_|$)|(?:^|_)functions?(?:_|$)"
+)
 HARMBENCH_CONTEXT = "contextstring"  # ignored by the paper
+# Names of columns whose texts describe a row, and that are therefore ignored without a note.
+METADATA_COLUMN = re.compile(
+    r"(?:ids?|idx|index|hash|sources?|origins?|datasets?|subsets?|splits?|categor(?:y|ies)|types?|kinds?|tags?|topics?"
+    r"|domains?|areas?|languages?|lang|models?|generators?|annotators?|scores?|ratings?|labels?|dates?|times?|timestamp"
+    r"|urls?|links?|licen[cs]es?|authors?|versions?|difficulty|names?|notes?|focus|targets?|behaviors?|harm|safe"
+    r"|policy|severity|num_params|task_description)$|^(?:scores?|meta|metadata)(?:_|$)"
+)
 ANSWER_COLUMNS = ("response", "completion")
 TEXT_ANSWER_COLUMNS = ("output", "answer")  # of alpaca, dolly, ...: answers only if they are strings
 LABEL_COLUMNS = ("label", "labels")  # of KTO's form: whether the answer is good
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+NOTES = ("no_pair", "no_answer", "left_aside")  # keys of meta that are no columns
 TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
     "the texts differ before the last turn",
     "an answer is empty",
@@ -62,7 +76,7 @@ def generic_format(column: str | None = None) -> Format:
         column: Column with the prompt; None: found by its name.
     """
     required = ((column,),) if column else _find_prompt_error
-    return Format(partial(_parse_row, column=column), required)
+    return Format(partial(parse_row, column=column), required)
 
 
 def line_format() -> Format:
@@ -80,7 +94,7 @@ def parse_completion_prompt(row: dict, column: str | None = None) -> Chat | None
     else:
         column, known = None, (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)
         prompts = {name: value for name, value in row.items() if normalize_column(name) in known}
-    example = _parse_row(prompts, column) if prompts else None
+    example = parse_row(prompts, column) if prompts else None
     return example.prompt if isinstance(example, Example) else None
 
 
@@ -88,19 +102,27 @@ def _parse_line(row: dict) -> Example | str:
     return Example(user(get_text(row, "text"))) if row["text"].strip() else "a blank line"
 
 
-def _parse_row(row: dict, column: str | None) -> Example | str:
+def parse_row(row: dict, column: str | None = None) -> Example | str:
+    """Return the example in a row that has a prompt column, or why the row is dropped; see generic_format.
+
+    Raises:
+        RowError: The row is invalid.
+    """
     field = column or _find_prompt_column(row)
+    ignored = _check_other_columns(row, field, is_named=column is not None)
     if field is None:
-        return hh(row) if _is_transcript(row["chosen"]) else _build_example(row, None)
+        if _is_transcript(row["chosen"]):
+            example = hh(row)
+            return replace(example, meta={**rest(row, *PAIR_COLUMNS), **example.meta})
+        return _build_example(row, None)
     value, kind = row[field], normalize_column(field)
-    ignored = {} if column else _check_other_columns(row, field)
     if kind == "transcript" and column is None:
         return red_team(row)
     if isinstance(value, list) and value:
         if isinstance(value[0], dict) and "from" in value[0]:
-            return sharegpt({**row, "conversations": value})
+            return sharegpt({**rest(row, field, "messages"), "conversations": value})
         if isinstance(value[0], str) and kind.startswith("conversation"):
-            return lima({**row, "conversations": value})
+            return lima({**rest(row, field), "conversations": value})
         if isinstance(value[0], str) and not is_turns_column(field):
             raise RowError(f"{field}: expected a text or messages, got a list of texts. Write one row for each text")
         if isinstance(value[0], str) and len(value) > 1:
@@ -170,20 +192,41 @@ def _select(names: list[str], choices: tuple[str, ...]) -> list[str]:
     return [name for name in names if normalize_column(name) in choices]
 
 
-def _check_other_columns(row: dict, field: str) -> dict[str, str]:
-    """Return a note on an ignored column; raise a RowError for a column that may belong to the prompt."""
+def find_unused_columns(examples: Iterable[Example]) -> list[str]:
+    """Return the columns with texts that neither are used nor describe a row by their name."""
+    names = dict.fromkeys(name for e in examples for name, value in e.meta.items() if _is_filled_text(value))
+    return [name for name in names if name not in (*NOTES, "file") and not _is_metadata(normalize_column(name))]
+
+
+def _is_metadata(kind: str) -> bool:
+    """Return whether a column describes a row by its normalized name."""
+    return kind == HARMBENCH_CONTEXT or bool(METADATA_COLUMN.search(kind) and not CONTEXT_COLUMN.search(kind))
+
+
+def _check_other_columns(row: dict, field: str | None, is_named: bool) -> dict[str, str]:
+    """Return a note on HarmBench's context, which the paper ignores.
+
+    Raises:
+        RowError: A column may belong to the prompt, which the user did not name.
+    """
     ignored = {}
     for name, value in row.items():
-        if name == field or not _is_filled(value):
+        kind = normalize_column(name)
+        if name == field or not _is_filled_text(value):
             continue
-        if normalize_column(name) in CONTEXT_COLUMNS:
-            raise RowError(
-                f"{name} may belong to the prompt in {field}. Ignore it with --column {field}, or write both into one "
-                "column"
-            )
-        if normalize_column(name) == HARMBENCH_CONTEXT:
+        if kind == HARMBENCH_CONTEXT:
             ignored = {"left_aside": f"{name}, the context of a prompt"}
+        elif not is_named and CONTEXT_COLUMN.search(kind):
+            place, remedy = (field, f"Ignore it with --column {field}, or") if field else ("chosen", "Drop it, or")
+            raise RowError(
+                f"{name} may belong to the prompt in {place}. {remedy} write both into one column (as messages)"
+            )
     return ignored
+
+
+def _is_filled_text(value: object) -> bool:
+    """Return whether a value is a text, an object or a list, and not empty."""
+    return isinstance(value, str | bytes | dict | list) and _is_filled(value)
 
 
 def _is_filled(value: object) -> bool:
@@ -234,7 +277,8 @@ def _build_example(
     if response is not None:
         answers[field if dialogue is None else "messages"] = response
     response, conflict = _choose_answer(answers, field, is_named)
-    meta = {**rest(row, *filter(None, (field,)), *answers, *PAIR_COLUMNS), **(meta or {})}
+    used = [*answers, *PAIR_COLUMNS, *([field] if field else []), *(["messages"] if dialogue else [])]
+    meta = {**rest(row, *used), **(meta or {})}
     meta |= {"no_answer": conflict} if conflict else {}
     chosen, rejected = (_parse_answer(row, name) for name in PAIR_COLUMNS)
     if missing := [name for name, answer in zip(PAIR_COLUMNS, (chosen, rejected), strict=True) if not answer]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from snpatch.data.dataset import Dataset, Example, fingerprint_examples
 from snpatch.data.file_reader import find_files, get_suffix, read_rows
 from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
-from snpatch.data.generic import generic_format, line_format
+from snpatch.data.generic import NOTES, find_unused_columns, generic_format, line_format
 from snpatch.data.source_row import SourceRow, find_column_error
 from snpatch.errors import SnpatchError
 from snpatch.utils.optional import require
@@ -104,8 +104,9 @@ def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: d
         why = "".join(f"; {count} left out: {reason}" for reason, count in left_out.items())
         raise SnpatchError(f"{name}: holds no prompt ({read} rows, {skipped} of them bad){why}")
     counts = {"rows": read, "skipped": skipped, "left_out": dict(left_out)}
-    for reason in ("no_pair", "no_answer", "left_aside"):
+    for reason in NOTES:
         counts[reason] = dict(Counter(e.meta[reason] for e in examples if reason in e.meta))
+    counts["unused_columns"] = find_unused_columns(examples) if row_format.hub is None else []
     examples = tuple(examples)
     return Dataset(name, examples, skipped, {**origin, **counts, "sha256": fingerprint_examples(examples)})
 

@@ -72,9 +72,10 @@ def test_second_user_turn_is_ignored_and_noted(tmp_path):
 
 def test_harmbench_context_is_ignored_and_noted(tmp_path):
     rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
-    data = load_dataset(write(tmp_path, "h", ".csv", rows))
-    assert data.prompts == [user("Make it"), user("Write it")]
-    assert data.row_notes == ["ignored in 1 of 2 rows: ContextString, the context of a prompt"]
+    for column in (None, "Behavior"):
+        data = load_dataset(write(tmp_path, "h", ".csv", rows), column=column)
+        assert data.prompts == [user("Make it"), user("Write it")]
+        assert data.row_notes == ["ignored in 1 of 2 rows: ContextString, the context of a prompt"]
 
 
 def test_row_notes_are_logged_after_the_name(tmp_path, caplog, capsys):
@@ -102,6 +103,58 @@ def test_column_that_may_belong_to_prompt_is_rejected(tmp_path, row):
     ):
         load_row(tmp_path, row)
     assert load_row(tmp_path, row, column=field).prompt == user(row[field])
+
+
+CONTEXTS = [
+    "system", "system_prompt", "system_message", "System Instruction", "systemPrompt", "sys_prompt", "context",
+    "contexts", "full_context", "history", "chat_history", "image", "images", "image_url", "img", "audio", "video",
+    "passage", "passages", "document", "documents", "supporting_documents", "tools", "tool_calls", "functions", "function_call",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, ["x"]])
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_column_with_context_is_rejected_unless_prompt_is_named(tmp_path, name, value):
+    row = {"prompt": "Who?", name: value}
+    with pytest.raises(
+        SnpatchError, match=f"line 1: {name} may belong to the prompt in prompt. Ignore it with --column"
+    ):
+        load_row(tmp_path, row)
+    data = load_dataset(write(tmp_path, "data", ".jsonl", [row]), column="prompt")
+    assert (data.prompts, data.row_notes) == ([user("Who?")], [f"columns that are not used: {name}"])
+    for chosen, rejected in ((turns("Q", "A"), turns("Q", "B")), (talk("Q", "A"), talk("Q", "B"))):
+        with pytest.raises(SnpatchError, match=f"line 1: {name} may belong to the prompt in chosen. Drop it, or"):
+            load_row(tmp_path, {"chosen": chosen, "rejected": rejected, name: value})
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_column_with_empty_context_is_ignored(tmp_path, name):
+    for value in ("", " ", None, [], {}, False, 3):
+        data = load_dataset(write(tmp_path, "data", ".jsonl", [{"prompt": "Who?", name: value}]))
+        assert (data.prompts, data.row_notes) == ([user("Who?")], [])
+
+
+def test_context_beside_list_of_rows_is_rejected(tmp_path):
+    for rows in (["a", "b"], [{"prompt": "a"}, {"prompt": "b"}]):
+        (tmp_path / "p.json").write_text(json.dumps({"system": "Be rude", "prompts": rows}))
+        with pytest.raises(SnpatchError, match="item 1: system may belong to the prompt in prompt"):
+            load_dataset(tmp_path / "p.json")
+        (tmp_path / "p.json").write_text(json.dumps({"version": "1", "prompts": rows}))
+        data = load_dataset(tmp_path / "p.json")
+        assert (data.prompts, data.row_notes, data.examples[0].meta["version"]) == (AB, [], "1")
+
+
+def test_unused_columns_are_noted_once(tmp_path):
+    rows = [{"prompt": p, "remark": "x", "id": "7", "prompt_category": "y", "score": 0.5, "Extra": None} for p in "ab"]
+    rows[1]["Extra"] = {"x": 1}
+    data = load_dataset(write(tmp_path, "data", ".jsonl", rows))
+    assert data.prompts == AB
+    assert data.row_notes == ["columns that are not used: remark, Extra"]
+    assert data.source["unused_columns"] == ["remark", "Extra"]
+    rows = [{"prompt": "a", "response": "x", "chosen": "x", "rejected": "y", "messages": turns("a", "x")}]
+    assert load_dataset(write(tmp_path, "data", ".jsonl", rows)).row_notes == []
+    rows = [{"chosen": talk("a", "x"), "rejected": talk("a", "y"), "remark": "x"}]
+    assert load_dataset(write(tmp_path, "data", ".jsonl", rows)).row_notes == ["columns that are not used: remark"]
 
 
 def test_column_error_lists_columns(tmp_path):
