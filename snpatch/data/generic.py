@@ -23,11 +23,13 @@ from snpatch.data.formats import (
     red_team,
     rest,
     sharegpt,
+    shorten_repr,
     split_answer,
     user,
 )
 from snpatch.data.source_row import is_turns_column, list_columns, normalize_column
 from snpatch.utils.optional import require
+from snpatch.utils.schema import parse_json
 
 PREFERRED_COLUMNS = ("prompt", "messages")  # taken before all others
 PROMPT_COLUMNS = (
@@ -52,6 +54,11 @@ METADATA_COLUMN = re.compile(
 )
 ANSWER_COLUMNS = ("response", "completion")
 TEXT_ANSWER_COLUMNS = ("output", "answer")  # of alpaca, dolly, ...: answers only if they are strings
+CHAT_COLUMNS = ("messages", *PAIR_COLUMNS, *ANSWER_COLUMNS)  # a chat beside the prompt
+# Messages as JSON, as Python's repr, or as numpy's.
+CHAT_TEXT = re.compile(r"\s*(?:array\()?\[\s*\{.*\}\s*,?\s*\](?:, dtype=object\))?\s*|\s*\{.*\}\s*", re.DOTALL)
+MESSAGE_FIELDS = {"role", "content"}, {"from", "value"}
+FIELD = re.compile(r"""['"](role|content|from|value)['"]\s*:""")
 LABEL_COLUMNS = ("label", "labels")  # of KTO's form: whether the answer is good
 LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 NOTES = ("no_pair", "no_answer", "left_aside")  # keys of meta that are no columns
@@ -109,6 +116,7 @@ def parse_row(row: dict, column: str | None = None) -> Example | str:
         RowError: The row is invalid.
     """
     field = column or _find_prompt_column(row)
+    row = {name: _decode_chat(name, value) if _holds_chat(name, field) else value for name, value in row.items()}
     ignored = _check_other_columns(row, field, is_named=column is not None)
     if field is None:
         if _is_transcript(row["chosen"]):
@@ -134,6 +142,26 @@ def parse_row(row: dict, column: str | None = None) -> Example | str:
         if not _starts_with(dialogue, prompt):
             raise RowError("messages begin with another text than prompt: choose one by column")
     return _build_example(row, prompt, dialogue, response, ignored, field, is_named=column is not None)
+
+
+def _holds_chat(name: str, field: str | None) -> bool:
+    return name == field or normalize_column(name) in CHAT_COLUMNS
+
+
+def _decode_chat(name: str, value: object) -> object:
+    """Return the list in a text that holds messages as JSON, as CSV cells do, and any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    is_list = is_turns_column(name) and value.lstrip().startswith("[")
+    is_chat = CHAT_TEXT.fullmatch(value) and any(names <= {*FIELD.findall(value)} for names in MESSAGE_FIELDS)
+    if not is_list and not is_chat:
+        return value
+    try:
+        return parse_json(value)
+    except ValueError:
+        raise RowError(
+            f"{name}: expected a text, or messages as JSON, got {shorten_repr(value)}. Write them with json.dumps"
+        ) from None
 
 
 def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:

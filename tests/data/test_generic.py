@@ -108,7 +108,8 @@ def test_column_that_may_belong_to_prompt_is_rejected(tmp_path, row):
 CONTEXTS = [
     "system", "system_prompt", "system_message", "System Instruction", "systemPrompt", "sys_prompt", "context",
     "contexts", "full_context", "history", "chat_history", "image", "images", "image_url", "img", "audio", "video",
-    "passage", "passages", "document", "documents", "supporting_documents", "tools", "tool_calls", "functions", "function_call",
+    "passage", "passages", "document", "documents", "supporting_documents", "tools", "tool_calls", "functions",
+    "function_call",
 ]  # fmt: skip
 
 
@@ -170,6 +171,69 @@ def test_column_error_lists_columns(tmp_path):
         load_dataset(write(tmp_path, "two", ".csv", [{"goal": "x", "question": "y"}]))
     with pytest.raises(SnpatchError, match="one prompt, got Prompt, prompt, each"):
         load_row(tmp_path, {"Prompt": "x", "prompt": "y"})
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversation", "Frage"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_chat_as_json_text_is_read_as_messages(tmp_path, column, indent):
+    chat = [SYSTEM, *turns("Q", "A", "R")]
+    row = {column: json.dumps(chat, indent=indent), "number": "1"}
+    named = column if column == "Frage" else None
+    for kind in (".csv", ".jsonl"):
+        assert load_dataset(write(tmp_path, "d", kind, [row]), column=named).prompts == [chat]
+
+
+def test_other_chats_as_json_text_are_read(tmp_path):
+    shared = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    for chat in (shared, turns("Q", "A")):
+        data = load_dataset(write(tmp_path, "d", ".csv", [{"conversations": json.dumps(chat)}]))
+        assert data.conversations() == [{"messages": turns("Q", "A")}]
+    pair = {"chosen": json.dumps(turns("Q", "A")), "rejected": json.dumps(turns("Q", "B"))}
+    data = load_dataset(write(tmp_path, "d", ".csv", [pair]))
+    assert data.pairs() == [{"prompt": user("Q"), "chosen": answer("A"), "rejected": answer("B")}]
+    row = {"prompt": "Q", "completion": json.dumps(answer("A"))}
+    assert load_dataset(write(tmp_path, "d", ".csv", [row])).conversations() == [{"messages": turns("Q", "A")}]
+    assert load_dataset(write(tmp_path, "d", ".csv", [{"turns": '["Q", "R"]'}])).prompts == [user("Q")]
+    assert load_dataset(write(tmp_path, "d", ".csv", [{"conversations": '["Q", "A"]'}])).prompts == [user("Q")]
+
+
+CHAT_TEXTS = {
+    "Python": str(turns("Q", "A")),
+    "numpy": "[{'content': 'Q', 'role': 'user'}\n {'content': 'A', 'role': 'assistant'}]",
+    "array": "array([{'content': 'Q', 'role': 'user'}], dtype=object)",
+    "ShareGPT": str([{"from": "human", "value": "Q"}]),
+    "cut": json.dumps(turns("Q", "A"))[:-1] + ",]",
+    "message": "{'role': 'user', 'content': 'Q'}",
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEXTS)
+def test_chat_as_other_text_is_rejected(tmp_path, name):
+    text = CHAT_TEXTS[name]
+    for row in ({"prompt": text, "n": "1"}, {"prompt": "Q", "completion": text}, {"chosen": text, "rejected": text}):
+        path = write(tmp_path, "d", ".csv", [row])
+        with pytest.raises(SnpatchError, match=r"line 2: \w+: expected a text, or messages as JSON, .* json\.dumps"):
+            load_dataset(path)
+    with pytest.raises(SnpatchError, match=r"line 2: prompt must be a text that is not empty, got \{'role'"):
+        load_dataset(write(tmp_path, "d", ".csv", [{"prompt": json.dumps(user("Q")[0])}]))
+    with pytest.raises(SnpatchError, match=r"line 2: turns: expected a text, or messages as JSON, got .\['Q', 'R'\]"):
+        load_dataset(write(tmp_path, "d", ".csv", [{"turns": "['Q', 'R']"}]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] Who wrote it?",
+        "{x} and [y]",
+        "[{}]",
+        '{"a": 1}',
+        "Read [{'role': 'user', 'content': 'x'}] aloud",
+        "[INST] a",
+    ],
+)
+def test_text_with_brackets_is_a_prompt(tmp_path, text):
+    assert load_dataset(write(tmp_path, "d", ".csv", [{"prompt": text}])).prompts == [user(text)]
+    assert load_row(tmp_path, {"prompt": "Q", "output": str(turns("Q"))}).response == str(turns("Q"))
 
 
 def test_text_file_has_one_prompt_per_line(tmp_path):
