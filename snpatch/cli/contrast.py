@@ -56,7 +56,7 @@ def contrast(
     chats = prompts.data.prompts
     if completions and positions not in COMPLETION_POSITIONS:
         raise SnpatchError(f"--completions: expected --positions {' or '.join(COMPLETION_POSITIONS)}, got {positions}")
-    texts = read_completions(completions, prompts.limit, chats) if completions else None
+    texts = read_completions(completions, prompts.limit, chats, prompts.column) if completions else None
     check_writable(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
         ranking = engine.contrast(

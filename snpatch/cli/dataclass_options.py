@@ -98,11 +98,12 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of a command. name: as the user gave it; limit: their maximum number, if one was given."""
+    """Prompts of a command. name: as the user gave it; limit and column: as far as they were given."""
 
     name: str
     data: "Dataset"
     limit: int | None
+    column: str | None
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class DatasetOptions:
             options = {"format": values["form"], "column": values.get("column"), "skip_invalid": values["skip_invalid"]}
             data = load_dataset(name, **options)
             data.log_row_notes(name)
-        return Prompts(name or "--prompt", data if limit is None else data.first(min(limit, len(data))), limit)
+        data = data if limit is None else data.first(min(limit, len(data)))
+        return Prompts(name or "--prompt", data, limit, values.get("column"))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from snpatch.data.source_row import list_columns
 from snpatch.errors import SnpatchError, one_line
 
 logger = logging.getLogger(__name__)
@@ -44,9 +45,10 @@ class Dataset:
         name: Name of the dataset, or of its file.
         examples: The examples.
         skipped: Number of invalid rows that were skipped.
-        source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair` and
-            `left_aside` (reason -> number of rows that the format drops, that have no preference pair, or of which a
-            part is ignored); `sha256`, the fingerprint when loaded; `selection`, if it is a part of the examples.
+        source: Provenance: path or hub id, split, revision; `rows` read and `skipped`; `left_out`, `no_pair`,
+            `no_answer` and `left_aside` (reason -> number of rows that the format drops, that have no preference pair,
+            whose answer cannot be used, or of which a part is ignored); `unused_columns` with texts; `sha256`, the
+            fingerprint when loaded; `selection`, if it is a part of the examples.
     """
 
     name: str
@@ -130,14 +132,17 @@ class Dataset:
 
     @property
     def row_notes(self) -> list[str]:
-        """Return one line per reason why rows of the source were dropped or read in part."""
+        """Return one line per reason why rows of the source were dropped or read in part, and one of unused columns."""
         lines = [f"skipped {self.skipped} invalid rows"] if self.skipped else []
         for key, text in (
             ("left_out", "dropped {} of {} rows: {}"),
             ("no_pair", "{} of {} rows have a prompt and no pair: {}"),
+            ("no_answer", "the answer of {} of {} rows is not used: {}"),
             ("left_aside", "ignored in {} of {} rows: {}"),
         ):
             lines += [text.format(n, self.source["rows"], why) for why, n in self.source[key].items()]
+        if names := self.source["unused_columns"]:
+            lines.append(f"columns that are not used: {list_columns(names)}")
         return lines
 
     def log_row_notes(self, name: str) -> None:
@@ -162,7 +167,10 @@ class Dataset:
             if e.prompt and e.response:
                 rows.append({"messages": e.context + _to_message(e.response)})
             else:
-                dropped["no answer but one that is labeled bad" if e.rejected and not e.chosen else "no answer"] += 1
+                is_bad = e.rejected and not e.chosen
+                dropped[
+                    "no answer but one that is labeled bad" if is_bad else e.meta.get("no_answer", "no answer")
+                ] += 1
         return self._build_rows(rows, dropped, "responses to train on")
 
     def _build_rows(self, rows: list[dict[str, Chat]], dropped: Counter, what: str) -> "TrainingRows":

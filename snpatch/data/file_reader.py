@@ -17,7 +17,7 @@ from io import BufferedReader, BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import IO, Any, AnyStr, cast
 
-from snpatch.data.source_row import Columns, SourceRow, check_columns, find_column_error
+from snpatch.data.source_row import Columns, SourceRow, check_columns, find_column_error, is_turns_column
 from snpatch.errors import SnpatchError, is_unicode
 from snpatch.utils.schema import parse_json
 
@@ -27,6 +27,7 @@ OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # metadata files of the `datasets` library
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
+MESSAGE_KEYS = {"role", "from"}  # of messages, with either of which a list is a chat and not a column
 MAX_LINE_BYTES = 2**26  # of a line or CSV field; the csv module's default of 131072 is less than some published fields
 MAX_EXPANSION = 100  # decompressed / compressed size above MAX_LINE_BYTES; text has 3 to 20
 
@@ -162,7 +163,8 @@ def _bomb_error(path: Path, limit: float) -> SnpatchError:
 def _read_json(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[SourceRow]:
     """Yield JSON objects.
 
-    They are one per line, the items of an array or of an object's only list, or one object on several lines.
+    They are one per line, the items of an array or of an object's only list, the items of an object's columns, or one
+    object on several lines.
     """
     first = True
     for number, line in enumerate(_lines(path, stream), start=1):
@@ -170,7 +172,7 @@ def _read_json(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sour
         if not line.strip():
             continue
         value, error = _parse_json_bytes(line)
-        if first and (error or isinstance(value, list) or _find_rows(value, columns)):
+        if first and (error or isinstance(value, list) or _find_rows(path, value, columns) is not None):
             yield from _read_json_document(
                 path, b"\n" * (number - 1) + line + b"".join(_read_rest(path, stream)), columns
             )
@@ -192,21 +194,44 @@ def _read_json_document(path: Path, content: bytes, columns: Columns) -> Iterato
         return
     if error:
         raise SnpatchError(f"{path}: {error}")
-    items = document if isinstance(document, list) else _find_rows(document, columns) or [document]
+    rows = _find_rows(path, document, columns)
+    items = document if isinstance(document, list) else [document] if rows is None else rows
     for number, value in enumerate(items, start=1):
         value = {"prompt": value} if isinstance(value, str) else value
         yield SourceRow(str(path), "item", number, value)
 
 
-def _find_rows(value: object, columns: Columns) -> list | None:
-    """Return the rows in an object such as {"data": [...]}, or None.
+def _find_rows(path: Path, value: object, columns: Columns) -> list | None:
+    """Return the rows in an object such as {"data": [...]} or {"prompt": [...], "id": [...]}, or None.
 
-    The rows are its only list of objects or strings.
+    The rows are the items of its columns, or of its only list, objects or strings; these get the object's other fields.
     """
-    if not isinstance(value, dict) or find_column_error(value, columns) is None:
+    if not isinstance(value, dict):
         return None
-    lists = [item for item in value.values() if isinstance(item, list) and item and isinstance(item[0], dict | str)]
-    return lists[0] if len(lists) == 1 else None
+    lists = {name: item for name, item in value.items() if isinstance(item, list)}
+    if find_column_error(value, columns) is None:
+        return _transpose_columns(path, value) if len(lists) == len(value) and not _is_row_of_lists(value) else None
+    ((name, rows),) = lists.items() if len(lists) == 1 else ((None, []),)
+    if not rows or not isinstance(rows[0], dict | str):
+        return None
+    shared = {key: item for key, item in value.items() if key != name}
+    rows = ({"prompt": row} if isinstance(row, str) else row for row in rows)
+    return [{**shared, **row} if isinstance(row, dict) else row for row in rows]
+
+
+def _transpose_columns(path: Path, table: dict[str, list]) -> list[dict]:
+    if len({len(column) for column in table.values()}) > 1:
+        lengths = ", ".join(f"{len(column)} of {name}" for name, column in table.items())
+        raise SnpatchError(f"{path}: expected columns of one length, got {lengths}. Write one object per row.")
+    return [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+
+
+def _is_row_of_lists(value: dict[str, list]) -> bool:
+    """Return whether an object of lists is one row: it has a list of messages, or nothing but turns."""
+    has_messages = any(
+        isinstance(item, dict) and item.keys() & MESSAGE_KEYS for items in value.values() for item in items
+    )
+    return has_messages or all(is_turns_column(name) for name in value)
 
 
 def _parse_json_bytes(content: bytes) -> tuple[Any, str | None]:

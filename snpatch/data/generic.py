@@ -5,7 +5,9 @@ another prompt. `column` chooses one.
 """
 
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from snpatch.data.dataset import Chat, Example
@@ -21,11 +23,13 @@ from snpatch.data.formats import (
     red_team,
     rest,
     sharegpt,
+    shorten_repr,
     split_answer,
     user,
 )
-from snpatch.data.source_row import list_columns
+from snpatch.data.source_row import is_turns_column, list_columns, normalize_column
 from snpatch.utils.optional import require
+from snpatch.utils.schema import parse_json
 
 PREFERRED_COLUMNS = ("prompt", "messages")  # taken before all others
 PROMPT_COLUMNS = (
@@ -35,10 +39,29 @@ PROMPT_COLUMNS = (
 # A column that is the prompt only if none of these exists: JailbreakBench, alpaca.
 YIELDS_TO = {"behavior": ("goal",), "input": PROMPT_COLUMNS[:-1]}
 PAIR_COLUMNS = ("chosen", "rejected")
-CONTEXT_COLUMNS = ("input", "context", "choices", "options", "system", "system_prompt", "history")
+# Names of columns that change what the model would read, beside the prompt.
+CONTEXT_COLUMN = re.compile(
+    r"^sys(?:tem|_)|context|history|^im(?:g|age)|image|audio|video|passage|paragraph|^(?:input|choices|options|docs)$"
+    r"|(?:^|_)documents?(?:_|$)|(?:^|_)tools?(?:_|$)|(?:^|_)functions?(?:_|$)"
+)
 HARMBENCH_CONTEXT = "contextstring"  # ignored by the paper
+# Names of columns whose texts describe a row, and that are therefore ignored without a note.
+METADATA_COLUMN = re.compile(
+    r"(?:ids?|idx|index|hash|sources?|origins?|datasets?|subsets?|splits?|categor(?:y|ies)|types?|kinds?|tags?|topics?"
+    r"|domains?|areas?|languages?|lang|models?|generators?|annotators?|scores?|ratings?|labels?|dates?|times?|timestamp"
+    r"|urls?|links?|licen[cs]es?|authors?|versions?|difficulty|names?|notes?|focus|targets?|behaviors?|harm|safe"
+    r"|policy|severity|num_params|task_description)$|^(?:scores?|meta|metadata)(?:_|$)"
+)
 ANSWER_COLUMNS = ("response", "completion")
 TEXT_ANSWER_COLUMNS = ("output", "answer")  # of alpaca, dolly, ...: answers only if they are strings
+CHAT_COLUMNS = ("messages", *PAIR_COLUMNS, *ANSWER_COLUMNS)  # a chat beside the prompt
+# Messages as JSON, as Python's repr, or as numpy's.
+CHAT_TEXT = re.compile(r"\s*(?:array\()?\[\s*\{.*\}\s*,?\s*\](?:, dtype=object\))?\s*|\s*\{.*\}\s*", re.DOTALL)
+MESSAGE_FIELDS = {"role", "content"}, {"from", "value"}
+FIELD = re.compile(r"""['"](role|content|from|value)['"]\s*:""")
+LABEL_COLUMNS = ("label", "labels")  # of KTO's form: whether the answer is good
+LABELS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+NOTES = ("no_pair", "no_answer", "left_aside")  # keys of meta that are no columns
 TURNS_DIFFER, EMPTY_ANSWER, SAME_ANSWER = (
     "the texts differ before the last turn",
     "an answer is empty",
@@ -50,17 +73,17 @@ def generic_format(column: str | None = None) -> Format:
     r"""Return the format of rows of no published dataset.
 
     The prompt is a string, or messages that end with the user's or with the answer (the response). A transcript
-    ("\n\nHuman: ...") is parsed to messages; of a list of strings ("turns") the first is the prompt.
+    ("\n\nHuman: ...") is parsed to messages; of a list of strings in `turns` the first is the prompt.
 
-    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`), and
-    `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is removed. Without
-    a prompt column that beginning is the prompt.
+    Other columns may hold the answer (`response`, `completion`, `output`, `answer`; KTO's form has a `label`, one of
+    LABELS), and `chosen` and `rejected`: strings, an assistant message, or conversations, whose common beginning is
+    removed. Without a prompt column that beginning is the prompt.
 
     Args:
         column: Column with the prompt; None: found by its name.
     """
     required = ((column,),) if column else _find_prompt_error
-    return Format(partial(_parse_row, column=column), required)
+    return Format(partial(parse_row, column=column), required)
 
 
 def line_format() -> Format:
@@ -68,10 +91,17 @@ def line_format() -> Format:
     return Format(_parse_line, (("text",),))
 
 
-def parse_completion_prompt(row: dict) -> Chat | None:
-    """Return the prompt in a completion's row, without its answer; None if the row has no prompt."""
-    prompts = {name: value for name, value in row.items() if _normalize(name) in (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)}
-    example = _parse_row(prompts, None) if prompts else None
+def parse_completion_prompt(row: dict, column: str | None = None) -> Chat | None:
+    """Return the prompt in a completion's row, without its answer; None if the row has no prompt.
+
+    column: see generic_format; a row without it, as `snpatch generate` writes it, has the prompt in a known column.
+    """
+    if column in row:
+        prompts = {column: row[column]}
+    else:
+        column, known = None, (*PREFERRED_COLUMNS, *PROMPT_COLUMNS)
+        prompts = {name: value for name, value in row.items() if normalize_column(name) in known}
+    example = parse_row(prompts, column) if prompts else None
     return example.prompt if isinstance(example, Example) else None
 
 
@@ -79,19 +109,30 @@ def _parse_line(row: dict) -> Example | str:
     return Example(user(get_text(row, "text"))) if row["text"].strip() else "a blank line"
 
 
-def _parse_row(row: dict, column: str | None) -> Example | str:
+def parse_row(row: dict, column: str | None = None) -> Example | str:
+    """Return the example in a row that has a prompt column, or why the row is dropped; see generic_format.
+
+    Raises:
+        RowError: The row is invalid.
+    """
     field = column or _find_prompt_column(row)
+    row = {name: _decode_chat(name, value) if _holds_chat(name, field) else value for name, value in row.items()}
+    ignored = _check_other_columns(row, field, is_named=column is not None)
     if field is None:
-        return hh(row) if _is_transcript(row["chosen"]) else _build_example(row, None, None, None, {})
-    value, kind = row[field], _normalize(field)
-    ignored = {} if column else _check_other_columns(row, field)
+        if _is_transcript(row["chosen"]):
+            example = hh(row)
+            return replace(example, meta={**rest(row, *PAIR_COLUMNS), **example.meta})
+        return _build_example(row, None)
+    value, kind = row[field], normalize_column(field)
     if kind == "transcript" and column is None:
         return red_team(row)
     if isinstance(value, list) and value:
         if isinstance(value[0], dict) and "from" in value[0]:
-            return sharegpt({**row, "conversations": value})
+            return sharegpt({**rest(row, field, "messages"), "conversations": value})
         if isinstance(value[0], str) and kind.startswith("conversation"):
-            return lima({**row, "conversations": value})
+            return lima({**rest(row, field), "conversations": value})
+        if isinstance(value[0], str) and not is_turns_column(field):
+            raise RowError(f"{field}: expected a text or messages, got a list of texts. Write one row for each text")
         if isinstance(value[0], str) and len(value) > 1:
             ignored |= {"left_aside": "user turns after the first"}
     prompt, response = _parse_prompt(row, field)
@@ -100,7 +141,27 @@ def _parse_row(row: dict, column: str | None) -> Example | str:
         dialogue, response = split_answer(get_turns(row, "messages"))
         if not _starts_with(dialogue, prompt):
             raise RowError("messages begin with another text than prompt: choose one by column")
-    return _build_example(row, prompt, dialogue, response, ignored, field)
+    return _build_example(row, prompt, dialogue, response, ignored, field, is_named=column is not None)
+
+
+def _holds_chat(name: str, field: str | None) -> bool:
+    return name == field or normalize_column(name) in CHAT_COLUMNS
+
+
+def _decode_chat(name: str, value: object) -> object:
+    """Return the list in a text that holds messages as JSON, as CSV cells do, and any other value unchanged."""
+    if not isinstance(value, str):
+        return value
+    is_list = is_turns_column(name) and value.lstrip().startswith("[")
+    is_chat = CHAT_TEXT.fullmatch(value) and any(names <= {*FIELD.findall(value)} for names in MESSAGE_FIELDS)
+    if not is_list and not is_chat:
+        return value
+    try:
+        return parse_json(value)
+    except ValueError:
+        raise RowError(
+            f"{name}: expected a text, or messages as JSON, got {shorten_repr(value)}. Write them with json.dumps"
+        ) from None
 
 
 def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
@@ -111,7 +172,7 @@ def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
     value = row[field]
     if isinstance(value, list) and value and isinstance(value[0], str):
         return user(get_text({field: value[0]}, field)), None
-    if isinstance(value, list) or _normalize(field) == "messages":
+    if isinstance(value, list) or normalize_column(field) == "messages":
         return _split_response(get_turns(row, field))
     if not _is_transcript(value):
         return user(get_text(row, field)), None
@@ -131,8 +192,8 @@ def _find_prompt_column(names: Iterable[str]) -> str | None:
     candidates = (
         _select(names, PREFERRED_COLUMNS[:1]) or _select(names, PREFERRED_COLUMNS[1:]) or _select(names, PROMPT_COLUMNS)
     )
-    kinds = {_normalize(name) for name in candidates}
-    candidates = [name for name in candidates if not kinds & {*YIELDS_TO.get(_normalize(name), ())}]
+    kinds = {normalize_column(name) for name in candidates}
+    candidates = [name for name in candidates if not kinds & {*YIELDS_TO.get(normalize_column(name), ())}]
     if len(candidates) > 1:
         raise RowError(
             f"one prompt, got {', '.join(candidates)}, each of which may be it: name it by column (--column)"
@@ -156,27 +217,44 @@ def _find_prompt_error(names: Iterable[str]) -> str | None:
 
 
 def _select(names: list[str], choices: tuple[str, ...]) -> list[str]:
-    return [name for name in names if _normalize(name) in choices]
+    return [name for name in names if normalize_column(name) in choices]
 
 
-def _normalize(name: str) -> str:
-    return str(name).strip().lower().replace(" ", "_").replace("-", "_")
+def find_unused_columns(examples: Iterable[Example]) -> list[str]:
+    """Return the columns with texts that neither are used nor describe a row by their name."""
+    names = dict.fromkeys(name for e in examples for name, value in e.meta.items() if _is_filled_text(value))
+    return [name for name in names if name not in (*NOTES, "file") and not _is_metadata(normalize_column(name))]
 
 
-def _check_other_columns(row: dict, field: str) -> dict[str, str]:
-    """Return a note on an ignored column; raise a RowError for a column that may belong to the prompt."""
+def _is_metadata(kind: str) -> bool:
+    """Return whether a column describes a row by its normalized name."""
+    return kind == HARMBENCH_CONTEXT or bool(METADATA_COLUMN.search(kind) and not CONTEXT_COLUMN.search(kind))
+
+
+def _check_other_columns(row: dict, field: str | None, is_named: bool) -> dict[str, str]:
+    """Return a note on HarmBench's context, which the paper ignores.
+
+    Raises:
+        RowError: A column may belong to the prompt, which the user did not name.
+    """
     ignored = {}
     for name, value in row.items():
-        if name == field or not _is_filled(value):
+        kind = normalize_column(name)
+        if name == field or not _is_filled_text(value):
             continue
-        if _normalize(name) in CONTEXT_COLUMNS:
-            raise RowError(
-                f"{name} may belong to the prompt in {field}. Ignore it with --column {field}, or write both into one "
-                "column"
-            )
-        if _normalize(name) == HARMBENCH_CONTEXT:
+        if kind == HARMBENCH_CONTEXT:
             ignored = {"left_aside": f"{name}, the context of a prompt"}
+        elif not is_named and CONTEXT_COLUMN.search(kind):
+            place, remedy = (field, f"Ignore it with --column {field}, or") if field else ("chosen", "Drop it, or")
+            raise RowError(
+                f"{name} may belong to the prompt in {place}. {remedy} write both into one column (as messages)"
+            )
     return ignored
+
+
+def _is_filled_text(value: object) -> bool:
+    """Return whether a value is a text, an object or a list, and not empty."""
+    return isinstance(value, str | bytes | dict | list) and _is_filled(value)
 
 
 def _is_filled(value: object) -> bool:
@@ -204,18 +282,32 @@ def _split_response(turns: Chat) -> tuple[Chat, str | None]:
 
 
 def _build_example(
-    row: dict, prompt: Chat | None, dialogue: Chat | None, response: str | None, meta: dict, field: str | None = None
+    row: dict,
+    prompt: Chat | None,
+    dialogue: Chat | None = None,
+    response: str | None = None,
+    meta: dict[str, str] | None = None,
+    field: str | None = None,
+    is_named: bool = False,
 ) -> Example:
     """Return an example of a prompt and the answers in other columns.
 
-    prompt: None if it is the beginning of chosen and rejected.
+    Args:
+        row: The row.
+        prompt: None if it is the beginning of chosen and rejected.
+        dialogue: Messages before the answer in `messages`; None: the prompt.
+        response: Answer after the prompt or the dialogue.
+        meta: Notes on the row.
+        field: Column with the prompt.
+        is_named: The user named the column, and so wants nothing but the prompt of an ambiguous row.
     """
-    for name in ANSWER_COLUMNS:
-        response = _get_response(row, name, response)
-    for name in TEXT_ANSWER_COLUMNS:
-        if response is None and name != field and isinstance(row.get(name), str):
-            response = get_text(row, name, empty=True)
-    meta = {**rest(row, *filter(None, (field,)), *ANSWER_COLUMNS, *PAIR_COLUMNS), **meta}
+    answers = _find_answers(row, field)
+    if response is not None:
+        answers[field if dialogue is None else "messages"] = response
+    response, conflict = _choose_answer(answers, field, is_named)
+    used = [*answers, *PAIR_COLUMNS, *([field] if field else []), *(["messages"] if dialogue else [])]
+    meta = {**rest(row, *used), **(meta or {})}
+    meta |= {"no_answer": conflict} if conflict else {}
     chosen, rejected = (_parse_answer(row, name) for name in PAIR_COLUMNS)
     if missing := [name for name, answer in zip(PAIR_COLUMNS, (chosen, rejected), strict=True) if not answer]:
         meta |= {"no_pair": f"no {' and '.join(missing)} answer"} if row.keys() & {*PAIR_COLUMNS} else {}
@@ -229,24 +321,42 @@ def _build_example(
         meta |= {"no_pair": reason} if reason else {}
     elif prompt is None:
         raise RowError("chosen and rejected: expected conversations that begin with the same prompt, got none")
-    if response is not None and rejected is None and _is_bad(row):
-        response, rejected = None, response
+    if response is not None and rejected is None and (label_columns := _select([*row], LABEL_COLUMNS)):
+        labels = {LABELS.get(str(row[name]).strip().lower()) for name in label_columns}
+        if labels == {False}:
+            response, rejected = None, response
+        elif labels != {True}:
+            response = None
+            meta |= {"no_answer": f"{' and '.join(label_columns)} is not true, false, 1 or 0"}
     return Example(prompt, response, chosen, rejected, None if dialogue == prompt else dialogue, meta)
 
 
-def _is_bad(row: dict) -> bool:
-    """Return whether a row in KTO's form (completion and label) labels its answer as bad."""
-    label = str(row.get("label")).strip().lower()
-    return label == "false" or (label == "0" and row.get("completion") is not None)
+def _find_answers(row: dict, field: str | None) -> dict[str, str]:
+    """Return the answers in the columns of a row other than the prompt's."""
+    answers = {}
+    for name, value in row.items():
+        kind = normalize_column(name)
+        if name == field or value is None:
+            continue
+        if kind in ANSWER_COLUMNS:
+            answers[name] = _parse_answer(row, name)
+            if isinstance(answers[name], list):
+                raise RowError(f"{name}: expected a string or one assistant turn")
+        elif kind in TEXT_ANSWER_COLUMNS and isinstance(value, str):
+            answers[name] = get_text(row, name, empty=True)
+    return answers
 
 
-def _get_response(row: dict, field: str, default: str | None) -> str | None:
-    if row.get(field) is None:
-        return default
-    answer = _parse_answer(row, field)
-    if isinstance(answer, list):
-        raise RowError(f"{field}: expected a string or one assistant turn")
-    return answer
+def _choose_answer(answers: dict[str, str], field: str | None, is_named: bool) -> tuple[str | None, str | None]:
+    """Return (the answer or None, why none of several is used or None); raise a RowError if they differ."""
+    different = {answer: name for name, answer in reversed(answers.items()) if answer}
+    if len(different) <= 1:
+        return next(iter(different), "" if answers else None), None
+    names = ", ".join(reversed(different.values()))
+    if is_named:
+        return None, f"several answers ({names})"
+    remedy = f", or read the prompt alone with --column {field}" if field else ""
+    raise RowError(f"expected one answer, got {names}, which differ. Remove all but one{remedy}")
 
 
 def _parse_answer(row: dict, field: str) -> str | Chat | None:

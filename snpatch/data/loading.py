@@ -8,7 +8,7 @@ from pathlib import Path
 from snpatch.data.dataset import Dataset, Example, fingerprint_examples
 from snpatch.data.file_reader import find_files, get_suffix, read_rows
 from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
-from snpatch.data.generic import generic_format, line_format
+from snpatch.data.generic import NOTES, find_unused_columns, generic_format, line_format
 from snpatch.data.source_row import SourceRow, find_column_error
 from snpatch.errors import SnpatchError
 from snpatch.utils.optional import require
@@ -106,8 +106,9 @@ def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: d
         reasons = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
         raise SnpatchError(f"{name}: expected prompts, got none in {num_rows} rows ({skipped} invalid{reasons})")
     counts = {"rows": num_rows, "skipped": skipped, "left_out": dict(dropped)}
-    for reason in ("no_pair", "left_aside"):
+    for reason in NOTES:
         counts[reason] = dict(Counter(e.meta[reason] for e in examples if reason in e.meta))
+    counts["unused_columns"] = find_unused_columns(examples) if row_format.hub is None else []
     examples = tuple(examples)
     return Dataset(name, examples, skipped, {**origin, **counts, "sha256": fingerprint_examples(examples)})
 

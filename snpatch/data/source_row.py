@@ -37,6 +37,16 @@ def find_column_error(columns: Iterable[str], required: Columns) -> str | None:
     return f"{' or '.join(', '.join(choice) for choice in required)}, got {list_columns(columns)}"
 
 
+def normalize_column(name: str) -> str:
+    """Return a column's name in the form in which names are compared."""
+    return str(name).strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def is_turns_column(name: str) -> bool:
+    """Return whether a list of strings in this column is a conversation: LIMA's, or MT-bench's user turns."""
+    return normalize_column(name) in ("turns", "conversation", "conversations")
+
+
 def list_columns(columns: Iterable[str]) -> str:
     """Return column names separated by commas, at most MAX_LISTED_COLUMNS of them."""
     names = [one_line(str(name)) for name in columns]

@@ -23,12 +23,16 @@ from snpatch.utils.hashing import hash_bytes
 Chat = list[dict[str, str]]
 ROLES = ("system", "user", "assistant")
 ASSISTANT = "<|assistant|>\n"  # generation prompt: the assistant's message follows it
-# Strings that common templates put around messages.
-MARKS = (
-    "<|user|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>",
-    "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "\n\nHuman:", "\n\nAssistant:",
-    "### Instruction:", "### Response:", "BEGINNING OF CONVERSATION:",
-)  # fmt: skip
+# What common templates put around messages.
+MARK = re.compile(
+    r"<[|｜]\w[^<>\s]{0,40}>|\[\|\w+\|\]|</?(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>|<(?:reserved_|extra_id_)\d+>"
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|<(?:human|bot|user|assistant)>:|^\s*<(?:s|bos)>"
+    r"|</s>\s*$|BEGINNING OF CONVERSATION:|GPT4 Correct (?:User|Assistant):|(?<=\n\n)(?:Human|Assistant):"
+    r"|### ?(?:Human|Assistant|User|System|Instruction|Response|Input|Output):"
+)
+USER_MARK = re.compile(r"(?<!\S)(?:Human|User|USER|Instruct):")  # a mark only if an assistant's follows
+ASSISTANT_MARK = re.compile(r"(?<!\S)(?:Assistant|ASSISTANT|AI|Bot|Output):")
+PROBE = "zqprobe"  # content of a chat that is rendered to find a template's own marks
 TEMPLATE_FILE = "chat_template.jinja"  # file in an adapter's folder: the template that it was trained with
 
 TULU = (
@@ -97,18 +101,46 @@ class ChatTemplate:
 
     def find_mark(self, chat: Chat) -> str | None:
         """Return a mark of a chat template that a message already contains; None if there is none."""
-        contents = [message.get("content") for message in chat]
-        marks = (mark for text in contents if isinstance(text, str) for mark in self._marks if mark in text)
-        return min(marks, default=None)
+        for message in chat:
+            if isinstance(text := message.get("content"), str) and (mark := self._find_mark_in(text)):
+                return mark
+        return None
+
+    def _find_mark_in(self, text: str) -> str | None:
+        text = text.replace("\r\n", "\n")
+        if match := MARK.search(text) or (self._own_mark and self._own_mark.search(text)):
+            return match[0].strip()
+        match = USER_MARK.search(text)
+        return match[0] if match and ASSISTANT_MARK.search(text, match.end()) else None
 
     @cached_property
-    def _marks(self) -> set[str]:
-        """Return the marks of common templates, and the tokenizer's special tokens.
+    def _own_mark(self) -> re.Pattern[str] | None:
+        """Return a pattern of the tokenizer's special tokens and what the template writes around messages.
 
-        Special tokens that are ordinary words are left out.
+        Ordinary words are left out.
         """
-        special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
-        return {*MARKS, *(token for token in special if re.search(r"[<\[|]", token))}
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        marks = {token for token in special if re.search(r"[<\[|]", token)}
+        marks |= {
+            mark for mark in self._render_marks(special) if re.search(r"\w", mark) and re.search(r"[^\w\s]", mark)
+        }
+        patterns = [rf"(?<!\w){re.escape(mark)}" if mark[0].isalnum() else re.escape(mark) for mark in sorted(marks)]
+        return re.compile("|".join(patterns)) if patterns else None
+
+    def _render_marks(self, special: set[str]) -> set[str]:
+        """Return the lines that the template writes after each message of a chat, without special tokens."""
+        roles = ("user", "assistant", "user")
+        try:
+            text = self.render([{"role": role, "content": f"{PROBE}{i}."} for i, role in enumerate(roles)])
+        except SnpatchError:  # the template refuses this chat
+            return set()
+        parts = re.split(rf"{PROBE}\d\.", text)
+        if len(parts) != len(roles) + 1:
+            return set()
+        separator = "|".join(map(re.escape, sorted(special, reverse=True))) or "\n"
+        return {
+            piece.strip() for part in parts[1:] for line in part.splitlines() for piece in re.split(separator, line)
+        }
 
 
 def get_appended_token(tokenizer) -> str | None:

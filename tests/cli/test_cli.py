@@ -100,6 +100,18 @@ def test_contrast_completions_of_other_prompts_are_refused(capsys, tmp_path):
     assert "c.jsonl, line 2: expected the completion of the prompt 'tiva', got that of 'mabo'" in err
 
 
+def test_contrast_compares_completions_by_the_column_of_prompts(capsys, tmp_path):
+    prompts, completions_file = tmp_path / "p.jsonl", tmp_path / "c.jsonl"
+    prompts.write_text('{"prompt_text": "kuze"}\n{"prompt_text": "mabo"}\n')
+    completions_file.write_text(
+        '{"prompt_text": "mabo", "completion": "kuze"}\n{"prompt_text": "kuze", "completion": "kuze"}\n'
+    )
+    pair = [MODEL, prompts, *PAIR, "--recipient", "sft", "--donor", "dpo", "-o", tmp_path / "r.safetensors"]
+    code, _, err = run(capsys, "contrast", *pair, "--column", "prompt_text", "--completions", completions_file)
+    assert code == 2
+    assert "c.jsonl, line 1: expected the completion of the prompt 'kuze', got that of 'mabo'" in err
+
+
 def test_public_files_are_read_as_prompts_and_rankings(capsys, tmp_path):
     """Use a named column and a CSV list of neurons, and print the notes on rows."""
     data, neurons = tmp_path / "p.csv", tmp_path / "neurons.csv"

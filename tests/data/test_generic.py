@@ -72,9 +72,10 @@ def test_second_user_turn_is_ignored_and_noted(tmp_path):
 
 def test_harmbench_context_is_ignored_and_noted(tmp_path):
     rows = [behavior("Make it", "standard", ""), behavior("Write it", "contextual", "A text")]
-    data = load_dataset(write(tmp_path, "h", ".csv", rows))
-    assert data.prompts == [user("Make it"), user("Write it")]
-    assert data.row_notes == ["ignored in 1 of 2 rows: ContextString, the context of a prompt"]
+    for column in (None, "Behavior"):
+        data = load_dataset(write(tmp_path, "h", ".csv", rows), column=column)
+        assert data.prompts == [user("Make it"), user("Write it")]
+        assert data.row_notes == ["ignored in 1 of 2 rows: ContextString, the context of a prompt"]
 
 
 def test_row_notes_are_logged_after_the_name(tmp_path, caplog, capsys):
@@ -104,6 +105,59 @@ def test_column_that_may_belong_to_prompt_is_rejected(tmp_path, row):
     assert load_row(tmp_path, row, column=field).prompt == user(row[field])
 
 
+CONTEXTS = [
+    "system", "system_prompt", "system_message", "System Instruction", "systemPrompt", "sys_prompt", "context",
+    "contexts", "full_context", "history", "chat_history", "image", "images", "image_url", "img", "audio", "video",
+    "passage", "passages", "document", "documents", "supporting_documents", "tools", "tool_calls", "functions",
+    "function_call",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["x", {"a": 1}, ["x"]])
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_column_with_context_is_rejected_unless_prompt_is_named(tmp_path, name, value):
+    row = {"prompt": "Who?", name: value}
+    with pytest.raises(
+        SnpatchError, match=f"line 1: {name} may belong to the prompt in prompt. Ignore it with --column"
+    ):
+        load_row(tmp_path, row)
+    data = load_dataset(write(tmp_path, "data", ".jsonl", [row]), column="prompt")
+    assert (data.prompts, data.row_notes) == ([user("Who?")], [f"columns that are not used: {name}"])
+    for chosen, rejected in ((turns("Q", "A"), turns("Q", "B")), (talk("Q", "A"), talk("Q", "B"))):
+        with pytest.raises(SnpatchError, match=f"line 1: {name} may belong to the prompt in chosen. Drop it, or"):
+            load_row(tmp_path, {"chosen": chosen, "rejected": rejected, name: value})
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_column_with_empty_context_is_ignored(tmp_path, name):
+    for value in ("", " ", None, [], {}, False, 3):
+        data = load_dataset(write(tmp_path, "data", ".jsonl", [{"prompt": "Who?", name: value}]))
+        assert (data.prompts, data.row_notes) == ([user("Who?")], [])
+
+
+def test_context_beside_list_of_rows_is_rejected(tmp_path):
+    for rows in (["a", "b"], [{"prompt": "a"}, {"prompt": "b"}]):
+        (tmp_path / "p.json").write_text(json.dumps({"system": "Be rude", "prompts": rows}))
+        with pytest.raises(SnpatchError, match="item 1: system may belong to the prompt in prompt"):
+            load_dataset(tmp_path / "p.json")
+        (tmp_path / "p.json").write_text(json.dumps({"version": "1", "prompts": rows}))
+        data = load_dataset(tmp_path / "p.json")
+        assert (data.prompts, data.row_notes, data.examples[0].meta["version"]) == (AB, [], "1")
+
+
+def test_unused_columns_are_noted_once(tmp_path):
+    rows = [{"prompt": p, "remark": "x", "id": "7", "prompt_category": "y", "score": 0.5, "Extra": None} for p in "ab"]
+    rows[1]["Extra"] = {"x": 1}
+    data = load_dataset(write(tmp_path, "data", ".jsonl", rows))
+    assert data.prompts == AB
+    assert data.row_notes == ["columns that are not used: remark, Extra"]
+    assert data.source["unused_columns"] == ["remark", "Extra"]
+    rows = [{"prompt": "a", "response": "x", "chosen": "x", "rejected": "y", "messages": turns("a", "x")}]
+    assert load_dataset(write(tmp_path, "data", ".jsonl", rows)).row_notes == []
+    rows = [{"chosen": talk("a", "x"), "rejected": talk("a", "y"), "remark": "x"}]
+    assert load_dataset(write(tmp_path, "data", ".jsonl", rows)).row_notes == ["columns that are not used: remark"]
+
+
 def test_column_error_lists_columns(tmp_path):
     row = {"a": "x", "b": "y"}
     for kind in (".jsonl", ".json", ".csv", ".parquet"):
@@ -117,6 +171,69 @@ def test_column_error_lists_columns(tmp_path):
         load_dataset(write(tmp_path, "two", ".csv", [{"goal": "x", "question": "y"}]))
     with pytest.raises(SnpatchError, match="one prompt, got Prompt, prompt, each"):
         load_row(tmp_path, {"Prompt": "x", "prompt": "y"})
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversation", "Frage"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_chat_as_json_text_is_read_as_messages(tmp_path, column, indent):
+    chat = [SYSTEM, *turns("Q", "A", "R")]
+    row = {column: json.dumps(chat, indent=indent), "number": "1"}
+    named = column if column == "Frage" else None
+    for kind in (".csv", ".jsonl"):
+        assert load_dataset(write(tmp_path, "d", kind, [row]), column=named).prompts == [chat]
+
+
+def test_other_chats_as_json_text_are_read(tmp_path):
+    shared = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    for chat in (shared, turns("Q", "A")):
+        data = load_dataset(write(tmp_path, "d", ".csv", [{"conversations": json.dumps(chat)}]))
+        assert data.conversations() == [{"messages": turns("Q", "A")}]
+    pair = {"chosen": json.dumps(turns("Q", "A")), "rejected": json.dumps(turns("Q", "B"))}
+    data = load_dataset(write(tmp_path, "d", ".csv", [pair]))
+    assert data.pairs() == [{"prompt": user("Q"), "chosen": answer("A"), "rejected": answer("B")}]
+    row = {"prompt": "Q", "completion": json.dumps(answer("A"))}
+    assert load_dataset(write(tmp_path, "d", ".csv", [row])).conversations() == [{"messages": turns("Q", "A")}]
+    assert load_dataset(write(tmp_path, "d", ".csv", [{"turns": '["Q", "R"]'}])).prompts == [user("Q")]
+    assert load_dataset(write(tmp_path, "d", ".csv", [{"conversations": '["Q", "A"]'}])).prompts == [user("Q")]
+
+
+CHAT_TEXTS = {
+    "Python": str(turns("Q", "A")),
+    "numpy": "[{'content': 'Q', 'role': 'user'}\n {'content': 'A', 'role': 'assistant'}]",
+    "array": "array([{'content': 'Q', 'role': 'user'}], dtype=object)",
+    "ShareGPT": str([{"from": "human", "value": "Q"}]),
+    "cut": json.dumps(turns("Q", "A"))[:-1] + ",]",
+    "message": "{'role': 'user', 'content': 'Q'}",
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEXTS)
+def test_chat_as_other_text_is_rejected(tmp_path, name):
+    text = CHAT_TEXTS[name]
+    for row in ({"prompt": text, "n": "1"}, {"prompt": "Q", "completion": text}, {"chosen": text, "rejected": text}):
+        path = write(tmp_path, "d", ".csv", [row])
+        with pytest.raises(SnpatchError, match=r"line 2: \w+: expected a text, or messages as JSON, .* json\.dumps"):
+            load_dataset(path)
+    with pytest.raises(SnpatchError, match=r"line 2: prompt must be a text that is not empty, got \{'role'"):
+        load_dataset(write(tmp_path, "d", ".csv", [{"prompt": json.dumps(user("Q")[0])}]))
+    with pytest.raises(SnpatchError, match=r"line 2: turns: expected a text, or messages as JSON, got .\['Q', 'R'\]"):
+        load_dataset(write(tmp_path, "d", ".csv", [{"turns": "['Q', 'R']"}]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[1] Who wrote it?",
+        "{x} and [y]",
+        "[{}]",
+        '{"a": 1}',
+        "Read [{'role': 'user', 'content': 'x'}] aloud",
+        "[INST] a",
+    ],
+)
+def test_text_with_brackets_is_a_prompt(tmp_path, text):
+    assert load_dataset(write(tmp_path, "d", ".csv", [{"prompt": text}])).prompts == [user(text)]
+    assert load_row(tmp_path, {"prompt": "Q", "output": str(turns("Q"))}).response == str(turns("Q"))
 
 
 def test_text_file_has_one_prompt_per_line(tmp_path):
@@ -243,10 +360,58 @@ def test_pairs_without_answer_are_counted(tmp_path):
         load_dataset(write(tmp_path, "p", ".jsonl", rows[1:])).pairs()
 
 
-@pytest.mark.parametrize("labels", [(True, False), ("True", "False"), (1, 0), ("1", "0")])
-def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
+ANSWERS = {
+    "response,completion": {"prompt": "p", "response": "x", "completion": "y"},
+    "output,answer": {"prompt": "p", "output": "x", "answer": "y"},
+    "response,output": {"instruction": "p", "response": "x", "output": "y"},
+    "Response,answer": {"question": "p", "Response": "x", "answer": "y"},
+    "messages,response": {"messages": turns("p", "x"), "response": "y"},
+    "messages,completion": {"prompt": "p", "messages": turns("p", "x"), "completion": answer("y")},
+}
+
+
+@pytest.mark.parametrize("names", ANSWERS)
+def test_two_different_answers_are_rejected_naming_both(tmp_path, names):
+    row, (first, second) = ANSWERS[names], names.split(",")
+    field = next(name for name in ("prompt", "messages", "instruction", "question") if name in row)
+    with pytest.raises(
+        SnpatchError, match=f"line 1: expected one answer, got ({first}, {second}|{second}, {first}), which differ"
+    ) as caught:
+        load_row(tmp_path, row)
+    assert f"Remove all but one, or read the prompt alone with --column {field}" in str(caught.value)
+    data = load_dataset(write(tmp_path, "data", ".jsonl", [row]), column=field)
+    assert data.prompts == [user("p")]
+    assert data.examples[0].response is None or field != "messages"
+    equal = {name: ("x" if name in (second, "answer", "completion") else value) for name, value in row.items()}
+    assert load_row(tmp_path, equal).response == "x"
+
+
+def test_several_answers_of_named_prompt_are_counted(tmp_path):
+    rows = [{"prompt": "p", "response": "x", "completion": "y"}, {"prompt": "q", "response": "x"}]
+    data = load_dataset(write(tmp_path, "data", ".jsonl", rows), column="prompt")
+    reason = "several answers (response, completion)"
+    assert data.row_notes == [f"the answer of 1 of 2 rows is not used: {reason}"]
+    conversations = data.conversations()
+    assert (conversations, dict(conversations.dropped)) == ([{"messages": turns("q", "x")}], {reason: 1})
+
+
+def test_empty_answer_beside_another_is_ignored(tmp_path):
+    for row in ({"prompt": "p", "response": "x", "output": ""}, {"prompt": "p", "response": " ", "output": "x"}):
+        assert load_row(tmp_path, row).response == "x"
+    assert load_row(tmp_path, {"prompt": "p", "response": "", "completion": None}).response == ""
+
+
+LABEL_PAIRS = [
+    (True, False), ("True", "False"), (" TRUE", "false "), (1, 0), ("1", "0"), (1.0, 0.0), ("1.0", "0.0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("labels", LABEL_PAIRS)
+@pytest.mark.parametrize("column", ["label", "Label", "labels"])
+@pytest.mark.parametrize("answer_column", ["completion", "response", "output"])
+def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels, column, answer_column):
     """KTO's form."""
-    good_row, bad_row = ({"prompt": p, "completion": c, "label": n} for p, c, n in zip("ab", "xy", labels, strict=True))
+    good_row, bad_row = ({"prompt": p, answer_column: c, column: n} for p, c, n in zip("ab", "xy", labels, strict=True))
     rows = [good_row, bad_row, {"prompt": "c"}]
     data = load_dataset(write(tmp_path, "kto", ".jsonl", rows))
     assert data.prompts == [user("a"), user("b"), user("c")]
@@ -255,9 +420,25 @@ def test_answers_labeled_bad_are_not_used_for_training(tmp_path, labels):
     assert dict(conversations.dropped) == {"no answer but one that is labeled bad": 1, "no answer": 1}
 
 
-def test_other_labels_do_not_change_answers(tmp_path):
-    assert load_row(tmp_path, {"prompt": "a", "response": "x", "label": 0}).response == "x"
-    assert load_row(tmp_path, {"prompt": "a", "response": "x", "label": "safe"}).response == "x"
+@pytest.mark.parametrize(
+    "label", ["undesirable", "desirable", "safe", "bad", "no", -1, 2, 0.5, None, "", [], float("nan")]
+)
+def test_answers_with_unknown_label_are_not_used_and_counted(tmp_path, label):
+    rows = [{"prompt": "a", "completion": "x", "label": label}, {"prompt": "b", "completion": "y", "label": True}]
+    data = load_dataset(write(tmp_path, "kto", ".jsonl", rows))
+    assert data.prompts == [user("a"), user("b")]
+    reason = "label is not true, false, 1 or 0"
+    assert data.row_notes == [f"the answer of 1 of 2 rows is not used: {reason}"]
+    conversations = data.conversations()
+    assert conversations == [{"messages": turns("b", "y")}]
+    assert dict(conversations.dropped) == {reason: 1}
+    with pytest.raises(SnpatchError, match=rf"has no responses to train on \(1 rows: {reason}\)"):
+        load_dataset(write(tmp_path, "kto", ".jsonl", rows[:1])).conversations()
+
+
+def test_label_of_prompt_without_answer_is_ignored(tmp_path):
+    data = load_dataset(write(tmp_path, "xstest", ".jsonl", [{"prompt": "a", "label": "safe"}]))
+    assert (data.prompts, data.row_notes) == ([user("a")], [])
 
 
 def test_filter_accepts_values_as_json_strings(tmp_path):
@@ -306,6 +487,32 @@ def test_completions_of_conversations_are_compared_by_messages(tmp_path):
         read_completions(write(tmp_path, "c", ".jsonl", [{"prompt": 7, "completion": "B"}]), None, [chat])
 
 
+@pytest.mark.parametrize("column", ["prompt_text", "text", "user", "Frage"])
+def test_completions_are_compared_by_given_column(tmp_path, caplog, column):
+    chats = [user("one"), user("two")]
+    path = write(tmp_path, "c", ".jsonl", [{column: w, "completion": f"re {w}"} for w in ("one", "two")])
+    assert read_completions(path, None, chats, column) == ["re one", "re two"]
+    assert caplog.messages == []
+    with pytest.raises(
+        SnpatchError, match=r"c\.jsonl, line 1: expected the completion of the prompt 'two', got that of 'o"
+    ):
+        read_completions(path, None, chats[::-1], column)
+    path = write(tmp_path, "c", ".jsonl", [{"prompt": w, "completion": f"re {w}"} for w in ("one", "two")])
+    with pytest.raises(SnpatchError, match="line 1: expected the completion of the prompt 'two', got that of 'one'"):
+        read_completions(path, None, chats[::-1], column)
+
+
+def test_completions_that_name_no_prompt_are_paired_by_position_with_warning(tmp_path, caplog):
+    rows = [{"prompt": "one", "completion": "1"}, {"text": "x", "completion": "2"}]
+    assert read_completions(write(tmp_path, "c", ".jsonl", rows), None, [user("one"), user("two")]) == ["1", "2"]
+    (message,) = caplog.messages
+    assert message.endswith(
+        "1 of 2 rows name no prompt (columns: text, completion): they are paired with the prompts by position"
+    )
+    assert read_completions(tmp_path / "c.jsonl") == ["1", "2"]
+    assert len(caplog.messages) == 1
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 LINES = b'{"prompt": "a"}\n{"prompt": "b"}\n'
@@ -336,6 +543,92 @@ def test_pipe_is_read(tmp_path, content):
 def test_json_files_of_other_shapes_are_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert load_dataset(tmp_path / name).prompts == AB
+
+
+TABLES = {
+    "texts": {"prompt": ["a", "b"], "id": [1, 2]},
+    "AdvBench": {"goal": ["a", "b"], "target": ["x", "y"]},
+    "one row": {"prompt": ["a"]},
+    "pairs": {"prompt": ["a", "b"], "chosen": ["x", "y"], "rejected": ["v", "w"]},
+    "chats": {"messages": [user("a"), user("b")], "id": [1, 2]},
+    "turns": {"turns": ["a", "b"], "id": [1, 2]},
+    "objects": {"prompt": ["a", "b"], "meta": [{"x": 1}, {"x": 2}]},
+}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+@pytest.mark.parametrize("name", TABLES)
+def test_json_table_of_columns_gives_one_row_per_item(tmp_path, name, suffix, indent):
+    path = tmp_path / f"p{suffix}"
+    path.write_text(json.dumps(TABLES[name], indent=indent))
+    data = load_dataset(path)
+    assert data.prompts == (AB if len(next(iter(TABLES[name].values()))) > 1 else AB[:1])
+    assert data.source["rows"] == len(data)
+
+
+def test_json_table_of_named_column_and_named_format_is_read(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({"text": ["a", "b"], "id": [1, 2]}))
+    assert load_dataset(tmp_path / "p.json", column="text").prompts == AB
+    (tmp_path / "p.json").write_text(json.dumps({"question": ["a", "b"]}))
+    assert load_dataset(tmp_path / "p.json", format="jailbreak-llms").prompts == AB
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"prompt": ["a", "b"], "id": [1]}, r"p\.json: expected columns of one length, got 2 of prompt, 1 of"),
+        ({"prompt": ["a", "b"], "source": "x"}, "1: prompt: expected a text or messages, got a list of texts"),
+        ({"prompt": ["a", None]}, "item 2: prompt must be a text that is not empty, got None"),
+        ({"prompt": [["a", "b"]]}, "item 1: prompt: expected a text or messages, got a list of texts"),
+        ({"prompt": {"0": "a", "1": "b"}, "id": {"0": 1, "1": 2}}, "prompt must be a text that is not empty, got {'0'"),
+        ({"0": {"prompt": "a"}, "1": {"prompt": "b"}}, "expected an object with prompt or messages, got 0, 1"),
+        ({"columns": ["prompt"], "index": [0, 1], "data": [["a"], ["b"]]}, "got columns, index, data"),
+        ({"columns": ["prompt"], "data": [["a"], ["b"]]}, "prompt or messages, got columns, data"),
+        ({"columns": ["prompt"], "index": [], "data": []}, "prompt or messages, got columns, index, data"),
+        ({"train": [{"prompt": "a"}], "test": [{"prompt": "b"}]}, "prompt or messages, got train, test"),
+        ([{"prompt": ["a", "b"]}], "item 1: prompt: expected a text or messages, got a list of texts"),
+    ],
+)  # fmt: skip
+def test_json_table_of_other_shape_is_rejected(tmp_path, table, message):
+    (tmp_path / "p.json").write_text(json.dumps(table))
+    with pytest.raises(SnpatchError, match=message):
+        load_dataset(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "a", "tags": ["x", "y"]}, "a"),
+        ({"conversations": ["a", "x"]}, "a"),
+        ({"turns": ["a", "x"]}, "a"),
+        ({"messages": turns("a", "x"), "tags": ["x", "y"]}, "a"),
+        ({"prompt": user("a"), "chosen": answer("x"), "rejected": answer("y")}, "a"),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "a"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_object_of_one_row_is_one_row(tmp_path, row, prompt, indent):
+    (tmp_path / "p.json").write_text(json.dumps(row, indent=indent))
+    assert load_dataset(tmp_path / "p.json").prompts == [user(prompt)]
+
+
+@pytest.mark.parametrize("orient", ["index", "split", "columns", "values"])
+def test_json_of_pandas_other_than_records_is_rejected(tmp_path, orient):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"prompt": ["a", "b"], "id": [1, 2]})
+    frame.to_json(tmp_path / "p.json", orient=orient)
+    with pytest.raises(SnpatchError, match=r"p\.json, (item|line) 1: "):
+        load_dataset(tmp_path / "p.json")
+    for good in ("records", "table"):
+        frame.to_json(tmp_path / "p.json", orient=good)
+        assert load_dataset(tmp_path / "p.json").prompts == AB
+
+
+def test_list_of_texts_in_jsonl_is_rejected_with_line(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": ["a", "b"]}\n{"prompt": ["c"]}\n')
+    with pytest.raises(SnpatchError, match="line 1: prompt: expected a text or messages, got a list of texts"):
+        load_dataset(tmp_path / "p.jsonl")
 
 
 def test_json_object_on_several_lines_is_one_row(tmp_path):

@@ -202,7 +202,78 @@ def test_prompts_with_bos_or_template_marks_are_noted_once_and_unchanged(model):
         for content in ("[INST] bana [/INST]", "Be kind.\n\nHuman: bana\n\nAssistant:", "bana </s>"):
             engine.encode([[{"role": "user", "content": content}]])
         assert len(engine.notes) == 2
-        assert "contains the template mark '[/INST]'" in engine.notes[1]
+        assert "contains the template mark '[INST]'" in engine.notes[1]
+
+
+MARKED_TEXTS = [
+    "### Human: hi### Assistant:", "### User:\nhi\n### Assistant:\n", "### Instruction:\nhi\n\n### Response:",
+    "### Input:\nhi",
+    "USER: hi ASSISTANT:", "A chat between a user and an assistant. USER: hi ASSISTANT:", "User: hi\nAssistant:",
+    "Human: hi\nAssistant:", "\n\nHuman: hi\n\nAssistant:", "\r\n\r\nHuman: hi\r\n\r\nAssistant:",
+    "Instruct: hi\nOutput:",
+    "<|prompter|>hi<|endoftext|><|assistant|>", "GPT4 Correct User: hi<|end_of_turn|>GPT4 Correct Assistant:",
+    "<human>: hi\n<bot>:", "<|begin_of_text|>hi", "<bos>hi", "<s>hi", "hi</s>", "<|endoftext|>",
+    "<|END_OF_TURN_TOKEN|>",
+    "<|turn>user", "<|start|>user<|message|>hi", "[SYSTEM_PROMPT]x[/SYSTEM_PROMPT]", "<｜User｜>hi<｜Assistant｜>",
+    "<｜begin▁of▁sentence｜>hi", "<|user_start|>", "<reserved_106>", "[|Human|]hi[|AI|]", "[INST] hi [/INST]",
+    "<|im_start|>user", "<<SYS>>", "<|header_start|>user", "<end_of_turn>", "<|eot|>", "<|end|>", "<extra_id_1>User",
+]  # fmt: skip
+PLAIN_TEXTS = [
+    "Why is 1 < 2 | 3 > 2?", "Human: a short story", "The user: who is it?", "Assistant: who are you?", "# Input\nx",
+    "List [1, 2] and a[i]", "<b>bold</b> and <i>old</i> prices", "a |> f <| b", "What is an AI: a tool or a being?",
+]  # fmt: skip
+
+
+def test_marks_of_common_templates_are_found(model):
+    template = load_models(model, {}).templates[0]
+    for text in MARKED_TEXTS:
+        mark = template.find_mark([{"role": "user", "content": text}])
+        assert mark, text
+        assert mark in text
+    for text in PLAIN_TEXTS:
+        assert template.find_mark([{"role": "user", "content": text}]) is None, text
+
+
+OWN_MARKS = {  # a template, texts with its marks, texts without them
+    "Vicuna": (
+        "A chat.{% for m in messages %} {{ m.role | upper }}: {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} ASSISTANT:{% endif %}",
+        ("USER: bana", "bana ASSISTANT: bama"),
+        ("A chat.", "the superUSER: bana", "USER bana"),
+    ),
+    "rare words": (
+        "{% for m in messages %}{{ '@@Q ' if m.role == 'user' else '@@R ' }}{{ m.content }}\n{% endfor %}@@R ",
+        ("@@Q bana", "bana\n@@R bama"),
+        ("bana @ Q", "R"),
+    ),
+    "lines": (
+        "{% for m in messages %}{{ m.role }}=>\n{{ m.content }}</s>\n{% endfor %}assistant=>\n",
+        ("user=>\nbana", "bana\nassistant=>", "bana </s> bama"),
+        ("user", "assistant = bana"),
+    ),
+    "plain words": (
+        "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}assistant\n",
+        (),
+        ("user\nbana", "assistant"),
+    ),
+    "one message": ("{{ messages[0].content }} bama:", (), ("bana bama:",)),
+    "refuses": (
+        "{% if messages | length > 1 %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}",
+        (),
+        ("a",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_MARKS)
+def test_marks_of_own_template_are_found(model, name):
+    source, marked_texts, plain_texts = OWN_MARKS[name]
+    (model / TEMPLATE_FILE).write_text(source)
+    template = load_models(model, {}).templates[0]
+    for text in marked_texts:
+        assert template.find_mark([{"role": "user", "content": text}]), text
+    for text in plain_texts:
+        assert template.find_mark([{"role": "user", "content": text}]) is None, text
 
 
 def test_late_adapter_with_different_text_files_is_rejected(model, with_adapter):
