@@ -63,6 +63,12 @@ def test_contrast_of_equal_models_is_rejected(engine, pair, message, positions):
         engine.contrast(PROMPTS, *pair, positions=positions, sampling=Sampling(max_tokens=3))
 
 
+def test_contrast_with_all_layers_excluded_is_one_line(engine):
+    n_layers = engine.geometry.n_layers
+    with pytest.raises(SnpatchError, match=f"exclude_layers: expected a layer to rank, got all {n_layers} excluded"):
+        engine.contrast([[5, 6]], "base", engine.models[-1], exclude_layers=range(n_layers), progress=False)
+
+
 def test_contrast_of_different_models_keeps_notes(engine):
     ranking = engine.contrast(PROMPTS, "base", "sft", sampling=Sampling(max_tokens=3))
     assert any("changes nothing" in note for note in ranking.meta["notes"])

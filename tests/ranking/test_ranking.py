@@ -147,7 +147,7 @@ def test_filled_control_overlaps_only_in_the_layer_that_runs_out():
 
 @pytest.mark.parametrize("kind", ["per_layer", "last_layer", "everywhere"])
 def test_filled_control_is_the_disjoint_one_where_neurons_suffice(kind):
-    ranking = shuffled()
+    ranking = build_random_ranking()
     for seed, window in enumerate([(0, 0), (0, 13), (20, 39)]):
         disjoint, filled = (ranking.random_control(window, seed=seed, kind=kind, fill_up=f) for f in (False, True))
         assert order(filled) == order(disjoint)
@@ -157,7 +157,7 @@ def test_filled_control_is_the_disjoint_one_where_neurons_suffice(kind):
 
 
 def test_filled_control_of_all_neurons_is_the_window_itself():
-    ranking = shuffled(exclude_layers=[2])
+    ranking = build_random_ranking(exclude_layers=[2])
     assert ranking.random_control(80, seed=0, fill_up=True).meta["overlap"] == 1
     everywhere = ranking.random_control(80, seed=0, kind="everywhere", fill_up=True)
     assert everywhere.meta["overlap"] == 40 / 80, "the 40 neurons of the excluded layer are free"
@@ -167,8 +167,8 @@ def test_filled_control_of_all_neurons_is_the_window_itself():
 
 
 def test_overlapping_control_names_its_overlap():
-    control = shuffled().random_control((10, 60), seed=3, disjoint=False)
-    ranks = [int(shuffled().rank[tuple(neuron)]) for neuron in order(control)]
+    control = build_random_ranking().random_control((10, 60), seed=3, disjoint=False)
+    ranks = [int(build_random_ranking().rank[tuple(neuron)]) for neuron in order(control)]
     assert control.meta["overlap"] == sum(10 <= rank < 60 for rank in ranks) / 50 > 0
 
 
@@ -360,7 +360,7 @@ def test_load_file_of_other_kind_is_refused(tmp_path):
     for path, message in (
         (snpatch_file, "expected a snpatch ranking, got features"),
         (tensors_file, "another file"),
-        (text_file, "not a"),
+        (text_file, "expected a ranking of snpatch"),
     ):
         with pytest.raises(SnpatchError, match=message):
             Ranking.load(path)
@@ -392,6 +392,9 @@ def test_rms_equals_statistics_of_activations():
     assert "donor_std" not in Ranking.from_statistics(random_statistics(1)[0]).moments
     with pytest.raises(SnpatchError, match="method must be one of rms, got 'mean'"):
         Ranking.from_statistics(statistics, "mean")
+    n_layers = statistics.shape[0]
+    with pytest.raises(SnpatchError, match=f"exclude_layers: expected a layer to rank, got all {n_layers} excluded"):
+        Ranking.from_statistics(statistics, exclude_layers=range(n_layers))
 
 
 def test_save_keeps_statistics(tmp_path):
