@@ -101,7 +101,7 @@ def test_completions_invalid_is_one_line(requests, completion, message):
         requests.completions([TEXT, completion], 2)
 
 
-WHOLE, NUMBER, FLAG = "expected a whole number", "expected a number", "expected True or False"
+WHOLE, NUMBER, FLAG = "expected a whole number", "expected a finite number", "expected True or False"
 NO_SAMPLING = [
     *(
         ({name: value}, WHOLE)
@@ -113,8 +113,12 @@ NO_SAMPLING = [
     *(({name: value}, FLAG) for name in ("ignore_eos", "logprobs") for value in (None, 1, "yes")),
     *(({"stop": value}, "expected a text or a list of texts") for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)),
     *(({"vllm": value}, "expected a mapping") for value in (None, [1], {1: 2})),
-    *(({"temperature": value}, "must be 0 .greedy. or at least") for value in (float("nan"), float("inf"), -1)),
-    ({"top_p": float("nan")}, "must lie in"),
+    *(
+        ({name: value}, "expected a finite number")
+        for name in ("temperature", "top_p")
+        for value in (float("nan"), float("inf"), 10**400, np.float64("nan"))
+    ),
+    ({"temperature": -1}, "must be 0 .greedy. or at least"),
 ]
 
 
@@ -130,6 +134,8 @@ def test_sampling_accepts_numpy_numbers():
     sampling = Sampling(temperature=np.float32(0.5), max_tokens=np.int64(5), seed=np.int32(3), top_p=np.float64(1.0))
     assert sampling == Sampling(temperature=0.5, max_tokens=5, seed=3)
     assert [type(v) for v in (sampling.temperature, sampling.max_tokens, sampling.seed)] == [float, int, int]
+    whole = Sampling(temperature=1, top_p=1)  # transformers takes no int for a temperature
+    assert [type(v) for v in (whole.temperature, whole.top_p)] == [float, float]
 
 
 def test_encode_accepts_rows_of_files(requests):
