@@ -75,6 +75,14 @@ def parse_completion_prompt(row: dict) -> Chat | None:
     return example.prompt if isinstance(example, Example) else None
 
 
+def parse_prompt(row: dict) -> Chat:
+    """Return the prompt of a row, as load_dataset reads it; raise a RowError if it has none."""
+    example = _parse_row(row, None)
+    if isinstance(example, str):
+        raise RowError(f"expected a prompt, got {example}")
+    return example.prompt
+
+
 def _parse_line(row: dict) -> Example | str:
     return Example(user(get_text(row, "text"))) if row["text"].strip() else "a blank line"
 
