@@ -108,6 +108,15 @@ def error_field(field: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def error_source(source: object) -> Iterator[None]:
+    """Prefix SnpatchErrors that the block raises with the file that they are about."""
+    try:
+        yield
+    except SnpatchError as error:
+        raise SnpatchError(f"{source}: {error}", error.field) from error
+
+
 def nearest(word: str, known: Iterable[str]) -> list[str]:
     """Return up to three known names that a misspelled word may stand for, the nearest first."""
     names = {name.lower(): name for name in known}

@@ -54,11 +54,11 @@ class Sampling:
                 continue
             try:
                 object.__setattr__(self, name, convert(value))
-            except TypeError:
+            except (TypeError, OverflowError):
                 raise SnpatchError(f"sampling: {name}: expected {expected}, got {shown(value)}", field=name) from None
         schema.validate(self, "sampling: ")
         temperature, n = self.temperature, self.n
-        is_temperature = temperature == 0 or 1e-5 <= temperature < math.inf
+        is_temperature = temperature == 0 or temperature >= 1e-5
         is_seed = self.seed is None or -SEED_LIMIT <= self.seed <= SEED_LIMIT - n
         for is_valid, name, message in (
             (is_temperature, "temperature", f"0 (greedy) or at least 1e-5, got {temperature}"),
@@ -87,12 +87,10 @@ def _whole(value) -> int:
     return operator.index(value)
 
 
-def _number(value) -> int | float:
-    if type(value) in (int, float):
-        return value
-    if isinstance(value, bool) or not isinstance(value, Real):
+def _number(value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(number := float(value)):
         raise TypeError
-    return float(value)
+    return number
 
 
 def _flag(value: object) -> bool:
@@ -116,7 +114,7 @@ def _table(value: object) -> Mapping[str, object]:
 
 # Field -> (expected type, function that converts a value or raises TypeError). numpy's numbers are accepted.
 _CONVERTERS = {
-    **dict.fromkeys(("temperature", "top_p"), ("a number", _number)),
+    **dict.fromkeys(("temperature", "top_p"), ("a finite number", _number)),
     **dict.fromkeys(("top_k", "max_tokens", "min_tokens", "seed", "n"), ("a whole number", _whole)),
     **dict.fromkeys(("ignore_eos", "logprobs"), ("True or False", _flag)),
     "stop": ("a string or a list of strings", _texts),

@@ -173,21 +173,21 @@ def _read_json(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sour
             continue
         value, error = _parse_json_bytes(line)
         if first and (error or isinstance(value, list) or _find_rows(path, value, columns) is not None):
-            yield from _read_json_document(
-                path, b"\n" * (number - 1) + line + b"".join(_read_rest(path, stream)), columns
-            )
+            content = b"\n" * (number - 1) + line + b"".join(_read_rest(path, stream))
+            yield from _read_json_document(path, content, columns, is_lines=error is None)
             return
         first = False
         yield SourceRow(str(path), "line", number, value, error)
 
 
-def _read_json_document(path: Path, content: bytes, columns: Columns) -> Iterator[SourceRow]:
+def _read_json_document(path: Path, content: bytes, columns: Columns, is_lines: bool) -> Iterator[SourceRow]:
     """Yield the rows of a file whose first line is not a row, or contains several.
 
     An example is hh-rlhf's red_team_attempts.jsonl.gz, an array. A string in an array is a prompt.
+    is_lines: the first line alone is JSON, so that a file that is no document has one value per line.
     """
     document, error = _parse_json_bytes(content)
-    if error and not content.lstrip().startswith(b"["):
+    if error and (is_lines or not content.lstrip().startswith(b"[")):
         for number, line in enumerate(_lines(path, BytesIO(content)), start=1):
             if line.strip():
                 yield SourceRow(str(path), "line", number, *_parse_json_bytes(line))

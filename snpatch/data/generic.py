@@ -105,6 +105,14 @@ def parse_completion_prompt(row: dict, column: str | None = None) -> Chat | None
     return example.prompt if isinstance(example, Example) else None
 
 
+def parse_prompt(row: dict) -> Chat:
+    """Return the prompt of a row, as load_dataset reads it; raise a RowError if it has none."""
+    example = parse_row(row)
+    if isinstance(example, str):
+        raise RowError(f"expected a prompt, got {example}")
+    return example.prompt
+
+
 def _parse_line(row: dict) -> Example | str:
     return Example(user(get_text(row, "text"))) if row["text"].strip() else "a blank line"
 
@@ -303,7 +311,7 @@ def _build_example(
     """
     answers = _find_answers(row, field)
     if response is not None:
-        answers[field if dialogue is None else "messages"] = response
+        answers[require(field) if dialogue is None else "messages"] = response
     response, conflict = _choose_answer(answers, field, is_named)
     used = [*answers, *PAIR_COLUMNS, *([field] if field else []), *(["messages"] if dialogue else [])]
     meta = {**rest(row, *used), **(meta or {})}

@@ -18,7 +18,7 @@ from snpatch.executors.base import Observation, Progress
 from snpatch.names import CONTRAST_POSITIONS, ROLES
 from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods import METHODS
-from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.ranking import Ranking, check_excluded
 from snpatch.sampling import Sampling
 from snpatch.utils.hashing import hash_json
 
@@ -42,6 +42,7 @@ def contrast(
 ) -> Ranking:
     """Rank neurons; see Engine.contrast, which has the defaults."""
     _check_arguments(positions, method, sampling, generate_with, donor)
+    check_excluded(exclude_layers, engine.geometry.n_layers)
     pair = recipient, donor
     generator = recipient if generate_with == "recipient" else donor
     ids = engine.encode(prompts, generator)

@@ -118,7 +118,7 @@ class Engine(BaseEngine):
         """Generate a completion per prompt while patching activations (Algorithm 1 of the paper).
 
         Args:
-            prompts: Chats (lists of role/content messages), rows with `messages` or `prompt`, lists of token ids, or
+            prompts: Chats (lists of role/content messages), rows as load_dataset reads them, lists of token ids, or
                 strings, which are tokenized as they are, without a chat template.
             patch: A Patch, the name of a model to run unpatched, or one of these per prompt.
             sampling: Sampling parameters, one for all prompts or one per prompt. With `n > 1`, the n completions of a

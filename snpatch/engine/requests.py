@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from snpatch.data.formats import RowError
+from snpatch.data.generic import parse_prompt
 from snpatch.errors import SnpatchError, is_unicode, shown, unknown_name
 from snpatch.executors.base import Capture, Observation, Output, Request
 from snpatch.models.geometry import Geometry
@@ -20,12 +22,14 @@ from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Pat
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
 
-Prompt = str | Chat | Sequence[int] | Mapping  # a Mapping is a row of a file, with `messages` or `prompt`
+Prompt = str | Chat | Sequence[int] | Mapping  # a Mapping is a row of a file
 PLAIN_TEXT = (
     "a prompt is a plain string: it is tokenized without the chat template. Pass a chat to use the template: "
     '[{"role": "user", "content": prompt}]'
 )
 PROMPT_KINDS = "a string, a chat (a list of role and content) or a list of token ids"
+
+Bytes = bytes | bytearray | memoryview
 
 _logged: set[str] = set()  # warnings that this process has logged
 
@@ -199,7 +203,7 @@ class Requests:
 
     def _parse_ids(self, value: Any, name: str, tokenizer, expected: str) -> list[int]:
         """Return the token ids of a list, or of a numpy array or tensor of integers."""
-        value = value.tolist() if hasattr(value, "tolist") else value
+        value = value.tolist() if hasattr(value, "tolist") and not isinstance(value, Bytes) else value
         if not isinstance(value, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in value):
             raise SnpatchError(f"{name}: expected {expected}, got {shown(value)}")
         try:
@@ -208,7 +212,8 @@ class Requests:
             ids = [-1]
         size = self._geometry.vocab_size
         if wrong := [i for i in ids if not 0 <= i < size]:
-            got = f"{wrong[0]} ({tokenizer.convert_ids_to_tokens(wrong[0])!r})" if wrong[0] >= size else "another value"
+            is_known = size <= wrong[0] < len(tokenizer)
+            got = f"{wrong[0]} ({tokenizer.convert_ids_to_tokens(wrong[0])!r})" if is_known else "another value"
             raise SnpatchError(f"{name}: expected token ids in 0..{size - 1}, got {got}")
         return ids
 
@@ -345,16 +350,25 @@ class Requests:
 
 
 def listed(values: Sequence, name: str = "prompts") -> list:
-    """Return the items of a list, tuple, array or table column; raise for anything else."""
-    if name == "prompts" and isinstance(values, Mapping) and _is_row(values):
+    """Return the items of a list, tuple, array or table column; raise for anything else.
+
+    A table is accepted if its items are rows, as those of datasets.Dataset are; others iterate over column names.
+    """
+    if name == "prompts" and isinstance(values, Mapping) and values.keys() & {"messages", "prompt"}:
         raise SnpatchError(f"prompts: expected a list, got one row ({shown(values)}). Wrap it in a list: [row].")
-    is_single = isinstance(values, str | bytes | bytearray | Mapping | Set)
+    is_single = isinstance(values, str | Bytes | Mapping | Set) or getattr(values, "ndim", 1) == 0
     if is_single or not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
         got = f"{type(values).__name__} ({shown(values)})"
         if isinstance(values, str):
             got = f"one string. Wrap it in a list: [{name.removesuffix('s')}]."
         raise SnpatchError(f"{name}: expected a list, got {got}")
-    return list(values)
+    items = list(values)
+    if _has_columns(values) and not all(isinstance(item, Mapping) for item in items):
+        raise SnpatchError(
+            f"{name}: expected a list, got {type(values).__name__}, a table by columns. Pass its rows: "
+            'frame.to_dict("records") of pandas, table.to_pylist() of pyarrow, or one column as a list.'
+        )
+    return items
 
 
 def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
@@ -368,23 +382,23 @@ def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
     return values
 
 
-def _is_row(value: Mapping) -> bool:
-    return "messages" in value or "prompt" in value
+def _has_columns(values: object) -> bool:
+    """Return whether an object is a table: a data frame, a table of pyarrow or datasets, or a structured array."""
+    is_named = any(hasattr(values, name) for name in ("columns", "column_names"))
+    return is_named or bool(getattr(getattr(values, "dtype", None), "names", None))
 
 
 def _prompt_of_row(row: Mapping, name: str) -> Chat:
-    """Return the chat of a file's row, as load_dataset reads it.
-
-    A `prompt` that is a string is a user's message.
-    """
-    if "role" in row and "content" in row and not _is_row(row):
+    """Return the chat of a file's row, as load_dataset reads it."""
+    if "role" in row and "content" in row and not row.keys() & {"messages", "prompt"}:
         raise SnpatchError(
             f"{name}: expected {PROMPT_KINDS}, got one message of a chat. Wrap the chat in a list: [chat]"
         )
-    if not _is_row(row):
-        raise SnpatchError(f"{name}: expected {PROMPT_KINDS}, or a row with messages or prompt; got {shown(row)}")
-    value = row["messages"] if "messages" in row else row["prompt"]
-    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+    values = {column: value.tolist() if hasattr(value, "tolist") else value for column, value in row.items()}
+    try:
+        return cast(Chat, parse_prompt(values))
+    except RowError as error:
+        raise SnpatchError(f"{name}: expected {PROMPT_KINDS}, or a row as in a file: {error}") from None
 
 
 def _check_text(text: str, name: str) -> str:

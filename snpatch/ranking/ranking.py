@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from snpatch.data.file_reader import get_suffix
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, error_source
 from snpatch.op.plan import UNRANKED
 from snpatch.ranking import controls
 from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods import METHODS
-from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Shape, read_neurons, to_tensor
+from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Neurons, Shape, Size, read_neurons, to_tensor
 from snpatch.ranking.window import Window
-from snpatch.utils.files import read_checkpoint, read_tensors, write_tensors
+from snpatch.utils.files import is_safetensors, read_checkpoint, read_tensors, write_tensors
 from snpatch.utils.hashing import hash_tensor
 from snpatch.utils.optional import require
 from snpatch.utils.tensors import FLOATS, check_tensor, check_type, is_finite
@@ -95,6 +95,7 @@ class Ranking:
         """
         if method not in METHODS:
             raise SnpatchError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        check_excluded(exclude_layers, statistics.shape[0])
         scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
         ranking = cls.from_scores(scores, exclude_layers, statistics.moments(), meta)
         if statistics.is_pair and not _differs(statistics, ranking._order):
@@ -409,32 +410,37 @@ class Ranking:
                 last layers are missing, these layers are not ranked.
 
         Raises:
-            SnpatchError: The file is damaged, has an unknown format, or does not fit the shape.
+            SnpatchError: The file has no order or more than one, a column that is not used, or another model's shape.
         """
-        path = Path(path)
-        if get_suffix(path) not in (*TORCH, *NUMPY, *TABLES):
-            return cls._load_own(path)
-        neurons, shape = read_neurons(path), shape() if callable(shape) else shape
-        if isinstance(neurons, tuple):
-            return cls.from_published(path, shape and shape[0])
-        shape, meta = shape or neurons.shape, {"imported": path.name}
-        if neurons.scores is not None:
-            return cls._of_scores(neurons.scores, shape, path, meta)
-        if shape is None:
-            raise SnpatchError(
-                f"{path}: expected a shape for a list of neurons. Pass shape=(layers, neurons of a layer)."
-            )
-        tied = {"tied": neurons.tied} if neurons.tied else {}
-        return cls.from_order(require(neurons.order), shape, {**meta, **tied})
+        path, kind = Path(path), get_suffix(Path(path))
+        shape = shape() if callable(shape) else shape
+        if kind not in (*TORCH, *NUMPY, *TABLES) and (kind == ".safetensors" or is_safetensors(path)):
+            ranking = cls._load_own(path)
+        else:
+            found = read_neurons(path)
+            if isinstance(found, tuple):
+                ranking = cls.from_published(path, shape and shape[0])
+            else:
+                with error_source(path):
+                    ranking = cls._of_neurons(found, shape, {"imported": path.name})
+        if shape is not None and ranking.shape != tuple(shape):
+            raise SnpatchError(f"{path}: expected a ranking of {list(shape)}, the model, got {list(ranking.shape)}")
+        return ranking
 
     @classmethod
-    def _of_scores(cls, scores: Tensor, shape: tuple[int, int] | None, path: Path, meta: dict) -> "Ranking":
-        n_layers, n_neurons = shape or scores.shape
-        missing = n_layers - len(scores)
-        if missing < 0 or n_neurons != scores.shape[1]:
-            raise SnpatchError(f"{path}: expected scores of {[n_layers, n_neurons]}, got {list(scores.shape)}")
-        padded = torch.nn.functional.pad(scores, (0, 0, 0, missing))
-        return cls.from_scores(padded, range(len(scores), n_layers), meta=meta)
+    def _of_neurons(cls, found: Neurons, shape: Size | None, meta: dict) -> "Ranking":
+        if shape is not None and found.shape not in (None, tuple(shape)):
+            raise SnpatchError(f"shape: expected {list(shape)}, the model's, got {list(found.shape)}")
+        shape = shape or found.shape or found.size
+        if shape is None:
+            raise SnpatchError("lists neurons, not the model's size: give shape = (layers, neurons of a layer)")
+        if found.size and (found.size[0] > shape[0] or found.size[1] != shape[1]):
+            kind = "ranks" if found.scores is None else "scores"
+            raise SnpatchError(f"holds {kind} {list(found.size)}, the model is of {list(shape)}")
+        if found.scores is None:
+            return cls.from_order(require(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
+        padded = torch.nn.functional.pad(found.scores, (0, 0, 0, shape[0] - len(found.scores)))
+        return cls.from_scores(padded, range(len(found.scores), shape[0]), meta=meta)
 
     @classmethod
     def _load_own(cls, path: Path) -> "Ranking":
@@ -513,6 +519,12 @@ class Ranking:
         """Return a ranking of some of the neurons."""
         rank = _build_ranks(order, self.shape)
         return Ranking(rank, self.scores, self.moments, {**self.meta, **meta}, self.statistics)
+
+
+def check_excluded(layers: Sequence[int], n_layers: int) -> None:
+    """Raise SnpatchError if a layer does not exist, or if none is left to rank."""
+    if len(_layers(layers, n_layers, "exclude_layers")) == n_layers:
+        raise SnpatchError(f"exclude_layers: expected a layer to rank, got all {n_layers} excluded. Exclude fewer.")
 
 
 def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:

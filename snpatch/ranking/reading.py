@@ -1,12 +1,13 @@
 """Rankings of other tools: lists of neurons and scores in CSV, JSON, NumPy and torch files.
 
 Nothing is guessed: integers in two columns are a list of (layer, neuron), a matrix of floats are scores. Content that
-could be either, or that has no order, raises.
+could be either, or that has no order, raises, and so does a column that is neither used nor known to be harmless:
+ignored, it would leave the order of the rows as the ranking.
 """
 
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,31 @@ import torch
 from torch import Tensor
 
 from snpatch.data.file_reader import get_suffix, read_rows
-from snpatch.data.source_row import SourceRow, list_columns
+from snpatch.data.source_row import Columns, SourceRow, list_columns
 from snpatch.errors import SnpatchError, first_line, shown
+from snpatch.op.plan import UNRANKED
 from snpatch.utils.files import read_checkpoint
+from snpatch.utils.optional import require
 
 TORCH, NUMPY, TABLES = (".pt", ".pth", ".bin"), (".npy", ".npz"), (".csv", ".json", ".jsonl")
-COLUMN_NAMES = {  # of a row's fields, in upper or lower case
+COLUMN_NAMES = {  # names of a field, in upper or lower case
     "layer": ("layer", "layer_idx", "layer_index", "layer_id"),
     "neuron": ("neuron", "neuron_idx", "neuron_index", "neuron_id", "feature"),
-    "score": ("score", "change_score", "importance"),
-    "rank": ("rank",),
+    "score": ("score", "scores", "change_score", "change_scores", "importance"),
+    "rank": ("rank", "ranks"),
 }
-VALUE_KEYS = ("neurons", "order", "ranking", "scores", "rank")  # of the list or matrix, if it has a name
+UNNAMED_KEYS = ("arr_0",)  # of np.savez
+HARMLESS_COLUMNS = ("", "index", "id", "name", "names", "neuron_name", "layer_name", "description", "comment")
+BESIDE_SCORE = ("gradient_rank",)  # the order before another score in apple-aiml-research/ml-refusal-neurons
+NOTE_KEYS = (
+    *HARMLESS_COLUMNS, "model", "model_name", "recipient", "donor", "method", "metric", "positions", "dataset",
+    "source", "author", "date", "created", "version", "seed", "meta", "metadata", "notes",
+)  # fmt: skip
+ANY_COLUMNS: Columns = ((),)
 FORMS = "expected (layer, neuron) or (layer, neuron, score) of each neuron, or scores [layers, neurons]"
 MAX_UNPACKED_BYTES = 2**31  # of an .npz file
-Shape = tuple[int, int] | Callable[[], tuple[int, int]] | None  # (layers, neurons of a layer), or a function
+Size = tuple[int, int]  # (layers, neurons of a layer)
+Shape = Size | Callable[[], Size] | None
 
 
 @dataclass(frozen=True)
@@ -40,12 +51,14 @@ class Neurons:
         order: [n, 2] int64 of (layer, neuron), the first to patch first.
         tied: Number of neurons in a list with the score of the one before them.
         shape: (L, F), if the file contains it.
+        size: [L, F] of a matrix of scores or ranks, whose last layers may be missing.
     """
 
     scores: Tensor | None = None
     order: Tensor | None = None
     tied: int = 0
-    shape: tuple[int, int] | None = None
+    shape: Size | None = None
+    size: Size | None = None
 
 
 def read_neurons(path: Path) -> Neurons | tuple:
@@ -57,14 +70,14 @@ def read_neurons(path: Path) -> Neurons | tuple:
     if not path.exists():
         raise SnpatchError(f"{path}: no such file")
     if kind in TORCH:
-        content = read_checkpoint(path)
-        if isinstance(content, list | tuple) and len(content) == 6 and all(isinstance(t, Tensor) for t in content):
-            return tuple(content)
-        return _of_value(content, path)
+        found = read_checkpoint(path)
+        if isinstance(found, list | tuple) and len(found) == 6 and all(isinstance(one, Tensor) for one in found):
+            return tuple(found)
+        return _parse_value(found, path)
     if kind in NUMPY:
-        return _of_value(_numpy(path), path)
+        return _parse_value(_numpy(path), path)
     if kind in TABLES:
-        return _of_rows(path)
+        return _parse_file(path)
     raise SnpatchError(
         f"{path}: expected a ranking of snpatch (.safetensors), or one in {', '.join((*TABLES, *NUMPY, *TORCH))}"
     )
@@ -72,16 +85,21 @@ def read_neurons(path: Path) -> Neurons | tuple:
 
 def to_tensor(value: object, name: str) -> Tensor:
     """Return the tensor of a tensor, an array, or nested lists of numbers."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dtype != torch.bool and not value.is_complex():
         return value
     try:
-        array = np.asarray(value)
-        if array.dtype.kind not in "iuf" or _has_flags(value):
+        if isinstance(value, np.ma.MaskedArray):
+            raise ValueError("got a masked array. Fill it: array.filled(value)")
+        if isinstance(value, Tensor):
+            raise ValueError(f"got {value.dtype}")
+        if (array := np.asarray(value)).dtype.kind not in "iuf" or _has_flags(value):
             raise ValueError(f"got {array.dtype}")
+        if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
+            raise ValueError(f"got {array.max()}, which int64 cannot hold")
         return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float64"))
     except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise SnpatchError(
-            f"{name}: expected numbers in a list of equal rows, an array or a tensor: {error}"
+            f"{name}: expected numbers in a list of equal rows, an array or a tensor: {first_line(error)}"
         ) from error
 
 
@@ -104,122 +122,209 @@ def _numpy(path: Path) -> object:
         raise SnpatchError(f"{path}: not a NumPy file of plain numbers: {first_line(error)}") from error
 
 
-def _of_value(value: object, path: Path) -> Neurons:
-    """Parse an array, a tensor, or a dict with one of them."""
-    shape = None
-    if isinstance(value, dict):
-        folded = {str(name).lower(): item for name, item in value.items()}
-        if {"layer", "neuron"} <= folded.keys():
-            columns = [folded[name] for name in ("layer", "neuron", "score") if name in folded]
-            return _of_columns([to_tensor(column, f"{path}: a column").flatten() for column in columns], path)
-        shape = _parse_shape(folded.get("shape"), path)
-        names = [name for name in VALUE_KEYS if name in folded] or [name for name in folded if name != "shape"]
-        if len(names) != 1:
-            lists = [name for name, item in folded.items() if isinstance(item, list | Tensor | np.ndarray)]
-            hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
-            raise SnpatchError(f"{path}: {FORMS}, got a table of {list_columns(folded)}{hint}")
-        value = folded[names[0]]
+def _parse_value(value: object, path: Path, name: str | None = None, shape: Size | None = None) -> Neurons:
+    """Parse a table, a list of rows, an array or a tensor. name: its key in the file."""
+    if isinstance(value, dict) and name is None:
+        return _parse_table(value, path)
+    if isinstance(value, list | tuple) and value and all(isinstance(one, dict) for one in value):
+        rows = [SourceRow(str(path), "item", number, one) for number, one in enumerate(value, start=1)]
+        return _parse_rows(rows, path, shape)
     if isinstance(value, dict):
         raise SnpatchError(f"{path}: {FORMS}, got another table, which has no order")
-    array = to_tensor(value, str(path))
+    return _parse_matrix(to_tensor(value, str(path)), path, name, shape)
+
+
+def _parse_table(table: dict, path: Path) -> Neurons:
+    """Parse columns, or the only list or matrix of a table; other keys must be known to be harmless."""
+    names = {str(name): one for name, one in table.items() if not _is_note(str(name), one)}
+    shape = _parse_shape(next((names.pop(name) for name in list(names) if _fold(name) == "shape"), None), path)
+    columns = _find_columns(names, path)
+    if {"layer", "neuron"} <= columns.keys():
+        _check_all_used(names, columns, path)
+        fields = {field: to_tensor(names[name], f"{path}: {name}") for field, name in columns.items()}
+        return _parse_columns(fields, path, shape)
+    if len(names) != 1:
+        lists = [name for name, one in names.items() if isinstance(one, list | Tensor | np.ndarray)]
+        hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
+        raise SnpatchError(f"{path}: {FORMS}, got a table of {list_columns(names)}{hint}")
+    ((name, value),) = names.items()
+    return _parse_value(value, path, None if _fold(name) in UNNAMED_KEYS else _fold(name), shape)
+
+
+def _parse_matrix(array: Tensor, path: Path, name: str | None, shape: Size | None) -> Neurons:
+    """Parse [n, 2] or [n, 3], or scores or ranks [L, F]; integers and unknown names are never scores."""
     if array.dim() != 2:
         raise SnpatchError(f"{path}: {FORMS}, got {list(array.shape)}")
-    columns = array.T.unbind() if array.shape[1] in (2, 3) else ()
-    if columns and not array.is_floating_point():
-        return _of_columns(columns, path, shape)
-    if len(columns) == 3 and all(map(_is_whole, columns[:2])):
-        return _of_columns(columns, path, shape)
-    if not array.is_floating_point():
-        raise SnpatchError(f"{path}: {FORMS}, got integers {list(array.shape)}")
-    return Neurons(scores=array, shape=shape)
+    if not array.numel():
+        raise SnpatchError(f"{path}: holds no neuron")
+    if name in COLUMN_NAMES["rank"]:
+        return _parse_ranks(array, path, shape)
+    columns, is_whole = array.T.unbind() if array.shape[1] in (2, 3) else (), not array.is_floating_point()
+    if columns and (is_whole or (all(map(_is_whole, columns[:2])) and (len(columns) == 3 or name is None))):
+        return _parse_columns(dict(zip(("layer", "neuron", "score"), columns, strict=False)), path, shape)
+    if name not in COLUMN_NAMES["score"]:
+        kind = "integers" if is_whole else "numbers"
+        named = "" if name is None else f" under {name}"
+        remedy = "Name them scores or rank (smallest first) in an .npz or .json file"
+        if is_whole or name is not None:
+            raise SnpatchError(f"{path}: {FORMS}, got {kind} {list(array.shape)}{named}. {remedy}.")
+        if _is_permutation(array):
+            raise SnpatchError(f"{path}: expected scores, got numbers that may be ranks, each once. {remedy}.")
+    scores = array.double() if is_whole else array
+    return Neurons(scores=scores, shape=shape, size=(len(array), array.shape[1]))
 
 
-def _of_columns(columns: Sequence[Tensor], path: Path, shape: tuple[int, int] | None = None) -> Neurons:
-    """Parse columns: layers, neurons and, if given, scores."""
-    if len({len(column) for column in columns}) > 1:
-        lengths = ", ".join(str(len(column)) for column in columns)
-        raise SnpatchError(f"{path}: expected columns of one length, got {lengths}")
-    if not all(map(_is_whole, columns[:2])):
-        raise SnpatchError(f"{path}: expected layers and neurons as whole numbers, got another number")
-    order = torch.stack([column.long() for column in columns[:2]], dim=1)
-    return _sorted(order, columns[2].double(), path, shape) if len(columns) == 3 else Neurons(order=order, shape=shape)
+def _parse_ranks(array: Tensor, path: Path, shape: Size | None) -> Neurons:
+    """Parse ranks [L, F], smallest first; UNRANKED as in a ranking's own `rank`."""
+    ranks = array.double()
+    is_ranked = ranks != UNRANKED
+    order = _sort(torch.nonzero(is_ranked), {"rank": ranks[is_ranked]}, path).order
+    return Neurons(order=order, shape=shape, size=(len(array), array.shape[1]))
 
 
-def _is_whole(values: Tensor) -> bool:
-    return not values.is_floating_point() or bool((values == values.round()).all())
+def _parse_columns(fields: dict[str, Tensor], path: Path, shape: Size | None = None) -> Neurons:
+    """Parse columns: layers, neurons and, if given, scores and ranks."""
+    fields = {field: column.flatten() for field, column in fields.items()}
+    if len(lengths := {len(one) for one in fields.values()}) > 1:
+        raise SnpatchError(f"{path}: columns of different lengths ({', '.join(map(str, sorted(lengths)))})")
+    columns = [fields.pop(field) for field in ("layer", "neuron")]
+    if not all(map(_is_whole, columns)):
+        raise SnpatchError(f"{path}: a layer or neuron is no whole number")
+    order = torch.stack([one.long() for one in columns], dim=1)
+    if not len(order):
+        raise SnpatchError(f"{path}: holds no neuron")
+    return replace(_sort(order, {field: one.double() for field, one in fields.items()}, path), shape=shape)
 
 
-def _sorted(order: Tensor, scores: Tensor, path: Path, shape: tuple[int, int] | None = None) -> Neurons:
-    if not bool(torch.isfinite(scores).all()):
-        raise SnpatchError(f"{path}: expected finite scores, got one that is not")
-    scores, places = torch.sort(scores, descending=True, stable=True)
-    return Neurons(order=order[places], tied=int((scores.diff() == 0).sum()), shape=shape)
+def _sort(order: Tensor, keys: dict[str, Tensor], path: Path) -> Neurons:
+    """Order neurons by rank, smallest first, or by score, largest first; both must give one order."""
+    for field, values in keys.items():
+        if not bool(torch.isfinite(values).all()):
+            raise SnpatchError(f"{path}: a {field} is not finite")
+    if not keys:
+        return Neurons(order=order)
+    ranks, scores = keys.get("rank"), keys.get("score")
+    if ranks is not None and len(ranks.unique()) != len(ranks):
+        raise SnpatchError(f"{path}: two neurons have one rank")
+    places = torch.argsort(require(scores) if ranks is None else -ranks, descending=True, stable=True)
+    if scores is None:
+        return Neurons(order=order[places])
+    steps = scores[places].diff()
+    if bool((steps > 0).any()):
+        raise SnpatchError(f"{path}: expected rank and score to give one order, got two. Remove one of the columns.")
+    return Neurons(order=order[places], tied=int((steps == 0).sum()))
 
 
-def _of_rows(path: Path) -> Neurons:
-    rows = list(read_rows(path, _fault))
-    only = rows[0].value if len(rows) == 1 else None
-    if isinstance(only, dict) and (_fault(only) or any(isinstance(item, list) for item in only.values())):
-        return _of_value(only, path)
+def _parse_file(path: Path) -> Neurons:
+    """Parse a CSV or JSON file."""
+    rows = list(read_rows(path, ANY_COLUMNS))
+    for row in rows:
+        if row.error:
+            raise SnpatchError(f"{row.location}: {row.error}")
+    if len(rows) == 1 and isinstance(only := rows[0].value, dict) and get_suffix(path) != ".csv":
+        is_row = {"layer", "neuron"} <= _find_columns(only, path).keys()
+        if not is_row or any(isinstance(one, list | dict) for one in only.values()):
+            return _parse_value(only, path)
     if rows and all(isinstance(row.value, list) for row in rows):
-        return _of_value([row.value for row in rows], path)
-    table = [_numbers(row) for row in rows]
-    if not table:
-        raise SnpatchError(f"{path}: expected neurons, got an empty file")
-    for field in ("rank", "score"):
-        if len({field in row for row in table}) > 1:
-            raise SnpatchError(f"{path}: expected a {field} in every row or in none, got some")
-    order = torch.tensor([[row["layer"], row["neuron"]] for row in table], dtype=torch.int64)
-    if "rank" in table[0]:
-        ranks = torch.tensor([row["rank"] for row in table], dtype=torch.float64)
-        if len(ranks.unique()) != len(ranks):
-            raise SnpatchError(f"{path}: expected each rank once, got one twice")
-        return _sorted(order, -ranks, path)
-    if "score" in table[0]:
-        return _sorted(order, torch.tensor([row["score"] for row in table], dtype=torch.float64), path)
-    return Neurons(order=order)
+        return _parse_value([row.value for row in rows], path)
+    return _parse_rows(rows, path)
 
 
-def _numbers(row: SourceRow) -> dict[str, float | int]:
-    """Return the fields of a row as numbers; layer and neuron are integers."""
-    if row.error or not isinstance(row.value, dict):
-        raise SnpatchError(f"{row.location}: {row.error or f'expected layer and neuron, got {shown(row.value)}'}")
-    numbers = {}
-    for field, name in _columns(row.value).items():
-        value, kind = row.value[name], float if field == "score" else int
-        try:
-            if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
-                raise ValueError
-            numbers[field] = kind(value)
-        except (TypeError, ValueError):
-            expected = "a number" if kind is float else "a whole number"
-            raise SnpatchError(f"{row.location}: {name}: expected {expected}, got {shown(value)}") from None
-    if missing := {"layer", "neuron"} - numbers.keys():
-        raise SnpatchError(f"{row.location}: {' and '.join(sorted(missing))} is missing")
-    if numbers.get("score") is not None and not np.isfinite(numbers["score"]):
-        raise SnpatchError(f"{row.location}: score: expected a finite number, got {numbers['score']}")
-    return numbers
+def _parse_rows(rows: Sequence[SourceRow], path: Path, shape: Size | None = None) -> Neurons:
+    """Parse tables of one neuron each, whose columns are those of the first."""
+    if not rows:
+        raise SnpatchError(f"{path}: holds no neuron")
+    for row in rows:
+        if not isinstance(row.value, dict):
+            raise SnpatchError(f"{row.location}: expected layer and neuron, got {shown(row.value)}")
+    names = dict.fromkeys(str(name) for row in rows for name in row.value)
+    columns = _find_columns(names, path)
+    if not {"layer", "neuron"} <= columns.keys():
+        raise SnpatchError(f"{path}: expected the columns layer, neuron, got {list_columns(names)}")
+    _check_all_used(names, columns, path)
+    fields: dict[str, list] = {field: [] for field in columns}
+    for row in rows:
+        for field, name in columns.items():
+            if name not in row.value:
+                raise SnpatchError(f"{row.location}: {name} is missing, which other rows have")
+            fields[field].append(_parse_number(row, name, float if field in ("score", "rank") else int))
+    tensors = {
+        field: torch.tensor(values, dtype=torch.int64 if field in ("layer", "neuron") else torch.float64)
+        for field, values in fields.items()
+    }
+    return _parse_columns(tensors, path, shape)
 
 
-def _columns(names: Iterable[str]) -> dict[str, str]:
-    """Return field -> column."""
+def _parse_number(row: SourceRow, name: str, kind: type) -> float | int:
+    """Return a field of a row as float64 or int64."""
+    value = row.value[name]
+    try:
+        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
+            raise ValueError
+        number = kind(value)
+        if kind is int and abs(number) >= 2**63:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        wanted = "a number" if kind is float else "a whole number"
+        raise SnpatchError(f"{row.location}: {name}: expected {wanted}, got {shown(value)}") from None
+    if not np.isfinite(number):
+        raise SnpatchError(f"{row.location}: {name} is not finite")
+    return number
+
+
+def _find_columns(names: Iterable[str], path: Path) -> dict[str, str]:
+    """Return field -> column. Two columns that may be the same field raise."""
     columns = {}
     for field, spellings in COLUMN_NAMES.items():
-        for name in names:
-            if str(name).strip().lower().replace(" ", "_") in spellings:
-                columns.setdefault(field, name)
+        matching = [str(name) for name in names if _fold(str(name)) in spellings]
+        if len(matching) > 1:
+            raise SnpatchError(f"{path}: expected one {field}, got the columns {', '.join(matching)}. Remove one.")
+        if matching:
+            columns[field] = matching[0]
     return columns
 
 
-def _fault(names: Iterable[str]) -> str | None:
-    names = list(names)
-    return None if {"layer", "neuron"} <= _columns(names).keys() else f"layer, neuron, got {list_columns(names)}"
+def _check_all_used(names: Iterable[str], columns: dict[str, str], path: Path) -> None:
+    """Raise for a column that could order or select neurons and is not known."""
+    harmless = HARMLESS_COLUMNS + (BESIDE_SCORE if "score" in columns else ())
+    unknown = [
+        name
+        for name in names
+        if name not in columns.values() and _fold(name) not in harmless and not _fold(name).startswith("unnamed:")
+    ]
+    if unknown:
+        raise SnpatchError(
+            f"{path}: expected layer, neuron and score or rank, got the columns {list_columns(names)}. Rename the one "
+            f"that orders the neurons to score (largest first) or rank, and remove the others: {list_columns(unknown)}"
+        )
 
 
-def _parse_shape(value: object, path: Path) -> tuple[int, int] | None:
+def _is_note(name: str, value: object) -> bool:
+    """Return whether a key of a table describes the ranking: a single value under a known name."""
+    is_list = isinstance(value, list | tuple) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
+    return _fold(name) in NOTE_KEYS and not is_list
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _is_whole(column: Tensor) -> bool:
+    return not column.is_floating_point() or bool((column == column.round()).all())
+
+
+def _is_permutation(array: Tensor) -> bool:
+    """Return whether values are 0 to n - 1, or 1 to n, each once, as ranks are."""
+    if array.numel() == 1 or not _is_whole(array):
+        return False
+    values = array.double().flatten().sort().values
+    return bool((values.diff() == 1).all()) and float(values[0]) in (0.0, 1.0)
+
+
+def _parse_shape(value: object, path: Path) -> Size | None:
     if value is None:
         return None
     shape = to_tensor(value, f"{path}: shape").flatten().tolist()
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise SnpatchError(f"{path}: shape: expected [layers, neurons], got {shown(value)}")
-    return tuple(shape)
+    return shape[0], shape[1]

@@ -101,6 +101,15 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
         raise SnpatchError(f"{path}: not a safetensors file: {error}") from error
 
 
+def is_safetensors(path: str | Path) -> bool:
+    """Return whether a file begins as safetensors files do, or does not exist: 8 bytes of a length, then JSON."""
+    path = Path(path)
+    if not path.is_file():
+        return not path.exists()
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _meta(path: str | Path, header: dict[str, str]) -> dict:
     try:
         meta = parse_json(header["meta"])

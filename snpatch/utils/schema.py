@@ -147,8 +147,13 @@ def coerce(value: object, hint: Any, context: str) -> Any:
     plain = tuple(base for base in bases if base is not tuple)
     if isinstance(value, bool):
         is_plain = bool in plain or object in plain
+    elif type(value) is int and float in plain and int not in plain:
+        try:
+            return float(value)
+        except OverflowError:
+            raise SnpatchError(f"{context}: expected a number that float64 can hold, got {shown(value)}") from None
     else:
-        is_plain = isinstance(value, plain) or (float in plain and type(value) is int)
+        is_plain = isinstance(value, plain)
     if is_plain:
         return value
     for kind, base in zip(kinds, bases, strict=True):

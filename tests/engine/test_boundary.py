@@ -1,12 +1,18 @@
 """Prompts, completions and sampling of wrong types: errors of one line."""
 
 import collections
+import json
+import re
 
+import datasets
 import numpy as np
+import pandas
+import pyarrow
 import pytest
 import tiny
 import torch
 
+from snpatch.data import load_dataset
 from snpatch.engine import requests as module
 from snpatch.engine.requests import Completion, Requests
 from snpatch.errors import SnpatchError
@@ -39,6 +45,8 @@ NO_PROMPT = [
     (collections.UserDict(role="user", content="a"), KIND), (object(), KIND),
     ([True, 1], IDS), ([1.0, 2], IDS), ([1, -1], IDS), ([1, None], IDS), ([10**9], IDS), ([b"a"], IDS),
     ([np.float32(1)], IDS), (np.array([1.0]), IDS), (torch.tensor([1.0]), IDS), (torch.tensor([True]), IDS),
+    ([2**70], IDS), ([10**400], IDS), ([-(2**70)], IDS),
+    (memoryview(b"AB"), KIND), (np.array(5), KIND), (np.void(b"AB"), KIND),
     (HALF, HALF_PAIR),
     ([{"role": "user", "content": HALF}], HALF_PAIR),
     ([{"role": "user", "content": [{"type": "text", "text": HALF}]}], HALF_PAIR),
@@ -80,7 +88,22 @@ def test_encode_accepts_other_sequence_types(requests):
     assert requests.encode(np.array([[5, 6], [6, 5]]), "base") == [[5, 6], [6, 5]]
 
 
-NO_LIST = [TEXT, b"a", {"a": 1}, {"a", "b"}, (x for x in ["a"]), None, 3, float("nan"), iter(["a"])]
+NO_LIST = [
+    torch.tensor(5),
+    np.array(5),
+    np.array("a"),
+    memoryview(b"AB"),
+    bytearray(b"a"),
+    TEXT,
+    b"a",
+    {"a": 1},
+    {"a", "b"},
+    (x for x in ["a"]),
+    None,
+    3,
+    float("nan"),
+    iter(["a"]),
+]
 
 
 @pytest.mark.parametrize("prompts", NO_LIST, ids=lambda value: type(value).__name__)
@@ -93,8 +116,10 @@ def test_encode_without_list_is_one_line(requests, prompts):
 
 @pytest.mark.parametrize(
     ("completion", "message"),
-    [(b"a", "expected a string or a list of token ids"), (None, "expected a string"), ({"a": 1}, "expected a string"),
-     (3, "expected a string"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
+    [(b"a", "expected a string or a list of token ids"), (memoryview(b"AB"), "expected a string"),
+      ([2**70], IDS), (torch.tensor(5), "expected a string"),
+      (None, "expected a string"), ({"a": 1}, "expected a string"),
+      (3, "expected a string"), ([1.5], IDS), ([True], IDS), (HALF, "half of a surrogate pair")],
     ids=lambda value: ascii(value)[:40],
 )  # fmt: skip
 def test_completions_invalid_is_one_line(requests, completion, message):
@@ -102,7 +127,7 @@ def test_completions_invalid_is_one_line(requests, completion, message):
         requests.completions([TEXT, completion], 2)
 
 
-WHOLE, NUMBER, FLAG = "expected a whole number", "expected a number", "expected True or False"
+WHOLE, NUMBER, FLAG = "expected a whole number", "expected a finite number", "expected True or False"
 NO_SAMPLING = [
     *(
         ({name: value}, WHOLE)
@@ -117,8 +142,12 @@ NO_SAMPLING = [
         for value in (None, b"", 3, [None], {"a"}, [b"a"], HALF)
     ),
     *(({"vllm": value}, "expected a mapping") for value in (None, [1], {1: 2})),
-    *(({"temperature": value}, "expected 0 .greedy. or at least") for value in (float("nan"), float("inf"), -1)),
-    ({"top_p": float("nan")}, "expected a value in"),
+    *(
+        ({name: value}, "expected a finite number")
+        for name in ("temperature", "top_p")
+        for value in (float("nan"), float("inf"), 10**400, np.float64("nan"))
+    ),
+    ({"temperature": -1}, "expected 0 .greedy. or at least"),
 ]
 
 
@@ -134,13 +163,78 @@ def test_sampling_accepts_numpy_numbers():
     sampling = Sampling(temperature=np.float32(0.5), max_tokens=np.int64(5), seed=np.int32(3), top_p=np.float64(1.0))
     assert sampling == Sampling(temperature=0.5, max_tokens=5, seed=3)
     assert [type(v) for v in (sampling.temperature, sampling.max_tokens, sampling.seed)] == [float, int, int]
+    whole = Sampling(temperature=1, top_p=1)  # transformers takes no int for a temperature
+    assert [type(v) for v in (whole.temperature, whole.top_p)] == [float, float]
 
 
 def test_encode_accepts_rows_of_files(requests):
     chat = [{"role": "user", "content": TEXT}]
     (expected,) = requests.encode([chat], "base")
-    for row in ({"prompt": TEXT, "id": 3}, {"messages": chat}, {"prompt": chat}, collections.UserDict(prompt=TEXT)):
+    answered = [*chat, {"role": "assistant", "content": "an answer"}]
+    for row in (
+        {"prompt": TEXT, "id": 3},
+        {"messages": chat},
+        {"prompt": chat},
+        {"instruction": TEXT, "output": "an answer"},
+        {"messages": answered},
+        {"prompt": TEXT, "messages": answered},
+        {"prompt": TEXT, "chosen": "an answer", "rejected": "another"},
+        {"chosen": answered, "rejected": [*chat, {"role": "assistant", "content": "another"}]},
+        {"prompt": TEXT, "system": "", "context": float("nan")},
+        {"messages": np.array(answered, dtype=object)},
+        collections.UserDict(prompt=TEXT),
+    ):
         assert requests.encode([row], "base") == [expected]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": TEXT}, {"prompt": f"  {TEXT}\n"}, {"prompt": TEXT, "system": "Be brief."}, {"goal": TEXT},
+        {"prompt": TEXT, "system_prompt": "Be brief."}, {"instruction": TEXT, "input": "a text"}, {"prompt": ""},
+        {"prompt": TEXT, "messages": [{"role": "user", "content": "another"}]}, {"prompt": [5, 6]}, {"prompt": None},
+        {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "an answer"}]},
+        {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]},
+        {"transcript": "\n\nHuman: a\n\nAssistant: b"}, {"question": TEXT, "answer": "b"}, {"goal": "a", "query": "b"},
+    ],
+    ids=lambda row: ascii(row)[:60],
+)  # fmt: skip
+def test_encode_reads_rows_as_load_dataset_does(requests, tmp_path, row):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    try:
+        expected = load_dataset(tmp_path / "rows.jsonl").prompts
+    except SnpatchError as error:
+        reason = str(error).rpartition("line 1: ")[2].removeprefix("expected an object with ")
+        with pytest.raises(SnpatchError, match=f"^prompt 0: .*{re.escape(reason)}"):
+            requests.encode([row], "base")
+    else:
+        assert requests.encode([row], "base") == requests.encode(expected, "base")
+
+
+def build_tables():
+    frame = pandas.DataFrame({"prompt": [TEXT], "id": [1]})
+    table = pyarrow.table({"prompt": [TEXT]})
+    structured = np.array([(5, 6)], dtype=[("prompt", int), ("id", int)])
+    return [frame, frame.T, pandas.DataFrame({"prompt": [TEXT]}), table, table.to_batches()[0], structured]
+
+
+@pytest.mark.parametrize("values", build_tables(), ids=lambda value: type(value).__name__)
+def test_encode_table_by_columns_is_one_line(requests, values):
+    with pytest.raises(SnpatchError, match=r"prompts must be a list; got .* a table by columns. Give its rows"):
+        requests.encode(values, "base")
+    with pytest.raises(SnpatchError, match=r"completions must be a list; got .* a table by columns. Give its rows"):
+        requests.completions(values, 1)
+
+
+def test_encode_accepts_rows_and_columns_of_tables(requests):
+    frame = pandas.DataFrame({"prompt": [TEXT], "id": [1]})
+    dataset, rows = datasets.Dataset.from_dict({"prompt": [TEXT]}), requests.encode([{"prompt": TEXT}], "base")
+    for values in (frame.to_dict("records"), dataset, pyarrow.table({"prompt": [TEXT]}).to_pylist()):
+        assert requests.encode(values, "base") == rows
+    texts = requests.encode([TEXT], "base")
+    for values in (frame["prompt"], pandas.Index([TEXT]), dataset["prompt"]):
+        assert requests.encode(values, "base") == texts
+    assert requests.completions(frame["prompt"], 1) == requests.completions([TEXT], 1)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +242,9 @@ def test_encode_accepts_rows_of_files(requests):
     [
         ([{"role": "user", "content": TEXT}], r"one message of a chat\. Wrap the chat in a list"),
         ({"prompt": TEXT}, r"prompts: expected a list, got one row .*Wrap it in a list"),
-        ([{"question": TEXT}], "or a row with messages or prompt; got {'question'"),
+        ([{"words": TEXT}], "or a row as in a file: prompt or messages, got words"),
         ([{"prompt": 3}], "expected a string, a chat"),
-        ([{"messages": [{"role": "user"}]}], "message 0: expected content"),
+        ([{"messages": [{"role": "user"}]}], "messages must be a list of role and content"),
     ],
 )
 def test_encode_misplaced_row_or_chat_is_explained(requests, prompts, message):

@@ -63,6 +63,18 @@ def test_contrast_of_equal_models_is_rejected(engine, pair, message, positions):
         engine.contrast(PROMPTS, *pair, positions=positions, sampling=Sampling(max_tokens=3))
 
 
+def test_temperature_as_whole_number_samples(engine):
+    whole, number = (Sampling(temperature=value, seed=0, max_tokens=3) for value in (1, 1.0))
+    texts = [engine.generate([[5, 6]], "sft", sampling, progress=False)[0].token_ids for sampling in (whole, number)]
+    assert texts[0] == texts[1]
+
+
+def test_contrast_with_all_layers_excluded_is_one_line(engine):
+    n_layers = engine.geometry.n_layers
+    with pytest.raises(SnpatchError, match=f"exclude_layers: expected a layer to rank, got all {n_layers} excluded"):
+        engine.contrast([[5, 6]], "base", engine.models[-1], exclude_layers=range(n_layers), progress=False)
+
+
 def test_contrast_of_different_models_keeps_notes(engine):
     ranking = engine.contrast(PROMPTS, "base", "sft", sampling=Sampling(max_tokens=3))
     assert any("changes nothing" in note for note in ranking.meta["notes"])

@@ -371,7 +371,7 @@ def test_load_file_of_other_kind_is_refused(tmp_path):
     for path, message in (
         (snpatch_file, "expected a snpatch ranking, got features"),
         (tensors_file, "another file"),
-        (text_file, "not a"),
+        (text_file, "expected a ranking of snpatch"),
     ):
         with pytest.raises(SnpatchError, match=message):
             Ranking.load(path)
@@ -403,6 +403,9 @@ def test_rms_equals_statistics_of_activations():
     assert "donor_std" not in Ranking.from_statistics(random_statistics(1)[0]).moments
     with pytest.raises(SnpatchError, match="method: expected one of rms, got 'mean'"):
         Ranking.from_statistics(statistics, "mean")
+    n_layers = statistics.shape[0]
+    with pytest.raises(SnpatchError, match=f"exclude_layers: expected a layer to rank, got all {n_layers} excluded"):
+        Ranking.from_statistics(statistics, exclude_layers=range(n_layers))
 
 
 def test_save_keeps_statistics(tmp_path):

@@ -46,6 +46,8 @@ LISTS = {
     "json triples": ("r.json", [[2, 0, 0.1], [1, 2, 0.9], [0, 3, 0.5]]),
     "json objects": ("r.json", NAMED),
     "json lines": ("r.jsonl", "".join(json.dumps(row) + "\n" for row in NAMED)),
+    "json lines of lists": ("r.jsonl", "".join(json.dumps(row) + "\n" for row in ORDER)),
+    "npy of floats": ("r.npy", np.array(ORDER, dtype=float)),
     "json table": ("r.json", {"neurons": ORDER, "shape": SHAPE}),
     "json table of objects": ("r.json", {"model": "x", "neurons": NAMED}),
     "json as apple has it": ("r.json", [{"gradient_rank": i, "layer": n, "feature": f, "score": 1.0 / (1 + i)}
@@ -76,7 +78,9 @@ def test_load_reads_list_of_neurons(tmp_path, name):
     [
         ("s.npy", SCORES.numpy()),
         ("s.npy", SCORES.numpy().astype(np.float16)),
-        ("s.npz", {"scores": SCORES.numpy(), "shape": np.array([2, 4])}),
+        ("s.npz", {"scores": SCORES.numpy(), "model": np.array("x")}),
+        ("s.npz", {"arr_0": SCORES.numpy()}),
+        ("s.json", {"change_scores": SCORES.tolist(), "method": "rms"}),
         ("s.json", SCORES.tolist()),
         ("s.json", {"scores": SCORES.tolist()}),
         ("s.pt", SCORES.bfloat16()),
@@ -92,6 +96,114 @@ def test_load_scores_of_all_neurons(tmp_path, file, value):
     for shape in ((1, 4), (2, 5)):
         with pytest.raises(SnpatchError, match=r"expected scores of .*, got \[2, 4\]"):
             Ranking.load(path, shape)
+
+
+RANKS = np.array([[7, 0, 5, 4], [1, 6, 2, 3]])  # of SCORES
+OTHERS = [*BY_SCORE, [1, 3], [0, 3], [0, 2], [1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("r.npz", {"rank": RANKS}),
+        ("r.npz", {"rank": RANKS.astype(float)}),
+        ("r.npz", {"Ranks": RANKS + 1.0}),
+        ("r.pt", {"rank": torch.tensor(RANKS).float()}),
+        ("r.json", {"rank": RANKS.tolist(), "shape": [2, 4]}),
+        ("r.json", {"rank": RANKS.astype(float).tolist()}),
+    ],
+)
+def test_load_ranks_of_all_neurons_is_smallest_first(tmp_path, file, value):
+    path = save_value(tmp_path / file, value)
+    assert Ranking.load(path).top(8).tolist() == OTHERS
+    assert Ranking.load(path, (2, 4)).shape == (2, 4)
+    if "shape" not in value:
+        assert Ranking.load(path, SHAPE).top(8).tolist() == OTHERS
+    with pytest.raises(SnpatchError, match=r"r\..*\[2, 4\]"):
+        Ranking.load(path, (2, 5))
+
+
+def test_load_rank_of_own_ranking_keeps_unranked_neurons(tmp_path):
+    own = Ranking.from_order(ORDER, SHAPE)
+    path = save_value(tmp_path / "r.npz", {"rank": own.rank.numpy()})
+    assert Ranking.load(path).fingerprint == own.fingerprint
+
+
+COLUMNS = {"layer": [2, 1, 0], "neuron": [0, 2, 3]}
+
+
+@pytest.mark.parametrize("file", ["r.csv", "r.jsonl", "r.json", "r.npz", "r.pt"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("score", [0.1, 0.9, 0.5]), ("scores", [0.1, 0.9, 0.5]), ("Importance", [0.1, 0.9, 0.5]),
+     ("change-score", [0.1, 0.9, 0.5]), ("rank", [2, 0, 1]), ("ranks", [3.0, 1.0, 2.0])],
+)  # fmt: skip
+def test_load_columns_and_rows_are_ordered_by_one_rule(tmp_path, file, name, values):
+    path = save_table(tmp_path / file, {**COLUMNS, name: values, "index": [0, 1, 2]})
+    assert Ranking.load(path, SHAPE).top(3).tolist() == ORDER
+
+
+@pytest.mark.parametrize("file", ["r.csv", "r.jsonl", "r.json", "r.npz", "r.pt"])
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"effect": [0.1, 0.9, 0.5]}, "got the columns layer, neuron, effect. Rename .* remove the others: effect"),
+        ({"delta": [0.1, 0.9, 0.5]}, "delta"),
+        ({"neuron_rank": [2, 0, 1]}, "neuron_rank"),
+        ({"selected": [1, 0, 1], "score": [0.1, 0.9, 0.5]}, "remove the others: selected"),
+        ({"gradient_rank": [2, 0, 1]}, "gradient_rank"),
+        ({"model": [1, 1, 2]}, "model"),
+        ({"score": [0.1, 0.9, 0.5], "importance": [3, 1, 2]}, "expected one score, got the columns score, importance"),
+        ({"layer_idx": [0, 1, 2]}, "expected one layer, got the columns layer, layer_idx"),
+        ({"Neuron": [0, 1, 2]}, "expected one neuron, got the columns neuron, Neuron"),
+        ({"rank": [0, 1, 2], "score": [0.1, 0.9, 0.5]}, "expected rank and score to give one order"),
+        ({"rank": [0, 1, 1]}, "two neurons have one rank"),
+    ],
+)
+def test_load_columns_that_are_not_used_are_one_line(tmp_path, file, columns, message):
+    path = save_table(tmp_path / file, COLUMNS | columns)
+    with pytest.raises(SnpatchError, match=rf"{file}.*{message}") as caught:
+        Ranking.load(path, SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+def save_table(path, columns):
+    """Write columns: as rows into CSV and JSONL files, as columns into others."""
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if path.suffix == ".csv":
+        return save_value(path, table([row.values() for row in rows], ",".join(columns)))
+    if path.suffix == ".jsonl":
+        return save_value(path, "".join(json.dumps(row) + "\n" for row in rows))
+    convert = {".npz": np.array, ".pt": torch.tensor}.get(path.suffix, list)
+    return save_value(path, {name: convert(values) for name, values in columns.items()})
+
+
+@pytest.mark.parametrize(
+    ("file", "value"),
+    [
+        ("r.json", {"neurons": ORDER, "shape": [2, 4]}),
+        ("r.json", {"scores": SCORES.tolist(), "shape": [2, 4]}),
+        ("r.npz", {"rank": RANKS, "shape": np.array([2, 4])}),
+        ("r.npz", {"layer": np.array([0]), "neuron": np.array([1]), "shape": np.array([2, 4])}),
+    ],
+)
+def test_load_of_other_shape_than_model_is_one_line(tmp_path, file, value):
+    path = save_value(tmp_path / file, value)
+    for shape in (SHAPE, lambda: SHAPE):
+        with pytest.raises(SnpatchError, match=rf"{file}: shape: expected \[3, 4\], the model's, got \[2, 4\]"):
+            Ranking.load(path, shape)
+
+
+def test_load_own_file_of_other_shape_is_one_line(tmp_path):
+    Ranking.from_scores(SCORES).save(tmp_path / "own.safetensors")
+    with pytest.raises(SnpatchError, match=r"own.safetensors: expected a ranking of \[3, 4\], the model, got \[2, 4\]"):
+        Ranking.load(tmp_path / "own.safetensors", SHAPE)
+
+
+def test_load_own_file_with_any_suffix(tmp_path):
+    ranking = Ranking.from_scores(SCORES)
+    ranking.save(tmp_path / "safety.v2")
+    assert Ranking.load(tmp_path / "safety.v2").fingerprint == ranking.fingerprint
 
 
 def test_load_reads_published_and_own_files(tmp_path):
@@ -124,12 +236,40 @@ def test_load_reads_published_and_own_files(tmp_path):
         ("r.json", [{"layer": 0, "neuron": 1.9}], "item 1: neuron: expected a whole number, got 1.9"),
         ("r.json", [{"layer": 0}], "item 1: neuron is missing|expected"),
         ("r.json", "nothing", "not JSON"),
+        ("r.csv", table([(2**70, 1)]), "r.csv, line 2: layer: expected a whole number, got '1180591620717411303424'"),
+        ("r.csv", table([(0, 1, "9" * 400)], "layer,neuron,score"), "r.csv, line 2: score is not finite"),
+        ("r.json", [[2**70, 1]], "r.json: expected numbers"),
+        ("r.json", [[2**63, 1]], "r.json: .*outside"),
+        ("r.json", [{"layer": 0, "neuron": 1, "score": 10**400}], "item 1: score: expected a number, got 1000"),
+        ("r.json", [{"layer": 0, "neuron": 1, "rank": 10**400}], "item 1: rank: expected a number, got 1000"),
+        ("r.json", [{"layer": 0, "neuron": 2**63}], "item 1: neuron: expected a whole number"),
+        ("r.json", {"layer": [0], "neuron": [1], "score": [10**400]}, "score: expected numbers"),
+        ("r.npy", np.array([[2**64 - 1, 1]], dtype=np.uint64), "int64 cannot hold"),
+        ("r.npy", np.zeros((0, 2), int), "r.npy: holds no neuron"),
+        ("r.npy", np.zeros((0, 4)), "r.npy: holds no neuron"),
+        ("r.json", {"layer": [], "neuron": []}, "r.json: holds no neuron"),
+        ("r.npy", SCORES.numpy() > 0.5, "r.npy: expected numbers .* got bool"),
+        ("r.pt", SCORES > 0.5, r"r.pt: expected numbers .* got torch.bool"),
+        ("r.pt", SCORES.to(torch.complex64), r"r.pt: expected numbers .* got torch.complex64"),
+        ("r.npy", np.full((2, 4), np.nan), r"r.npy: .*not finite"),
+        ("r.npy", RANKS.astype(float), r"r.npy: expected scores, got numbers that may be ranks.* Name them"),
+        ("r.npz", {"x": SCORES.numpy()}, r"got numbers \[2, 4\] under x. Name them scores or rank"),
+        ("r.npz", {"scores": SCORES.numpy(), "mean": SCORES.numpy()}, "got a table of scores, mean"),
+        ("r.json", {"neurons": ORDER, "importance": [0.1, 0.9, 0.5]}, "got a table of neurons, importance"),
+        ("r.json", {"model": "x", "neurons": NAMED, "importance": [1, 2, 3]}, "got a table of neurons, importance"),
+        ("r.json", {"neurons": ORDER, "one_based": True}, "got a table of neurons, one_based"),
+        ("r.npz", {"rank": np.array([[0.0, np.nan]])}, "a rank is not finite"),
+        ("r.npz", {"rank": np.array([[0.5, 0.5]])}, "two neurons have one rank"),
+        ("r.tsv", "layer\tneuron\n0\t1\n", r"r.tsv: expected a ranking of snpatch .* or one in .csv"),
+        ("r.jsonl", '{"layer": 0, "neuron": 1}\n{"layer": 0}\n', "line 2: neuron is missing"),
+        ("r.jsonl", "[0, 5]\n[1, 7, 0.9]\n", "expected numbers in a list of equal rows"),
         ("r.npy", np.array(["a"]), "expected numbers"),
         ("r.npy", np.array([{"a": 1}], dtype=object), "not a NumPy file of plain numbers"),
         ("r.npz", {"a": np.ones(2), "b": np.ones(2)}, "got a table of a, b"),
         ("r.pt", torch.ones(3), r"got \[3\]"),
         ("r.pt", "words", "expected numbers"),
-        ("r.txt", "0 1", r"expected a ranking of snpatch|not a safetensors file"),
+        ("r.txt", "0 1", r"r.txt: expected a ranking of snpatch .* or one in .csv"),
+        ("r.safetensors", "0 1", "r.safetensors: not a safetensors file"),
     ],
 )
 def test_load_invalid_file_is_one_line(tmp_path, file, value, message):
@@ -204,6 +344,9 @@ def test_from_scores_accepts_lists_arrays_tensors(scores):
         (lambda: Ranking.from_scores(torch.rand(8)), r"scores: expected \[layers, neurons\], got \[8\]"),
         (lambda: Ranking.from_scores([["a"]]), "scores: expected numbers"),
         (lambda: Ranking.from_scores(None), "scores: expected numbers"),
+        (lambda: Ranking.from_scores(np.ma.masked_array(SCORES, SCORES > 0.5)), "got a masked array. Fill it"),
+        (lambda: Ranking.from_order(np.ma.masked_array(ORDER, False), SHAPE), "got a masked array. Fill it"),
+        (lambda: Ranking.from_scores(SCORES > 0.5), "scores: expected numbers .* got torch.bool"),
     ],
 )  # fmt: skip
 def test_from_order_or_scores_invalid_is_one_line(make, message):

@@ -45,6 +45,19 @@ def test_value_outside_a_limit_is_named(values, message):
     assert error.value.field == next(iter(values))
 
 
+@dataclass(frozen=True)
+class Numbers:
+    factor: float = 0.0
+    k: int | float = 0
+
+
+def test_whole_number_of_float_field_becomes_float():
+    numbers = schema.from_dict(Numbers, "x", {"factor": 1, "k": 1})
+    assert (type(numbers.factor), type(numbers.k)) == (float, int)
+    with pytest.raises(SnpatchError, match="x: factor: expected a number that float64 can hold, got 1000"):
+        schema.from_dict(Numbers, "x", {"factor": 10**400})
+
+
 def test_json_schema_has_all_limits():
     properties = schema.json_schema(Limited)["properties"]
     assert (properties["share"]["exclusiveMinimum"], properties["share"]["exclusiveMaximum"]) == (0, 1)

@@ -110,7 +110,7 @@ def test_ranking_of_wrong_dtype_is_rejected(tmp_path, name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
 def test_scores_of_wrong_dtype_are_rejected(dtype):
-    with pytest.raises(SnpatchError, match="ranking: scores: expected a tensor of"):
+    with pytest.raises(SnpatchError, match=r"ranking: scores: expected (a tensor of|numbers)"):
         Ranking.from_scores(torch.ones(2, 3).to(dtype))
 
 
