@@ -7,6 +7,7 @@ whole (truncated, missing column, decompression bomb), which raises an error her
 import codecs
 import csv
 import gzip
+import json
 import lzma
 import math
 import re
@@ -166,15 +167,17 @@ def _read_json(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sour
     They are one per line, the items of an array or of an object's only list, the items of an object's columns, or one
     object on several lines.
     """
-    first = True
+    first, parser = True, _JsonParser()
     for number, line in enumerate(_lines(path, stream), start=1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
-        value, error = _parse_json_bytes(line)
-        if first and (error or isinstance(value, list) or _find_rows(path, value, columns) is not None):
+        value, error = parser.parse(line)
+        is_row = value is not None and not isinstance(value, list)
+        if first and (not is_row or _find_rows(path, value, columns) is not None):
             content = b"\n" * (number - 1) + line + b"".join(_read_rest(path, stream))
-            yield from _read_json_document(path, content, columns, is_lines=error is None)
+            is_lines = value is not None or error is None
+            yield from _read_json_document(path, content, columns, is_lines)
             return
         first = False
         yield SourceRow(str(path), "line", number, value, error)
@@ -186,19 +189,21 @@ def _read_json_document(path: Path, content: bytes, columns: Columns, is_lines: 
     An example is hh-rlhf's red_team_attempts.jsonl.gz, an array. A string in an array is a prompt.
     is_lines: the first line alone is JSON, so that a file that is no document has one value per line.
     """
-    document, error = _parse_json_bytes(content)
-    if error and (is_lines or not content.lstrip().startswith(b"[")):
+    parser = _JsonParser()
+    document, error = parser.parse(content)
+    if error and document is None:
+        if not is_lines and content.lstrip().startswith(b"["):
+            raise SnpatchError(f"{path}: {error}")
         for number, line in enumerate(_lines(path, BytesIO(content)), start=1):
             if line.strip():
-                yield SourceRow(str(path), "line", number, *_parse_json_bytes(line))
+                yield SourceRow(str(path), "line", number, *parser.parse(line))
         return
-    if error:
+    rows = document if isinstance(document, list) else _find_rows(path, document, columns)
+    if error and rows is not document and rows is not None:
         raise SnpatchError(f"{path}: {error}")
-    rows = _find_rows(path, document, columns)
-    items = document if isinstance(document, list) else [document] if rows is None else rows
-    for number, value in enumerate(items, start=1):
-        value = {"prompt": value} if isinstance(value, str) else value
-        yield SourceRow(str(path), "item", number, value)
+    for number, value in enumerate([document] if rows is None else rows, start=1):
+        error = parser.find_doubled_key(value)
+        yield SourceRow(str(path), "item", number, {"prompt": value} if isinstance(value, str) else value, error)
 
 
 def _find_rows(path: Path, value: object, columns: Columns) -> list | None:
@@ -234,14 +239,41 @@ def _is_row_of_lists(value: dict[str, list]) -> bool:
     return has_messages or all(is_turns_column(name) for name in value)
 
 
-def _parse_json_bytes(content: bytes) -> tuple[Any, str | None]:
-    """Return (value, None), or (None, error)."""
-    try:
-        return parse_json(content.decode("utf-8")), None
-    except UnicodeDecodeError as error:
-        return None, f"not UTF-8: {error}"
-    except ValueError as error:
-        return None, f"not JSON: {error}"
+class _JsonParser:
+    """Parser of JSON that names a key which one object has twice; one per file, because a decoder is slow to build."""
+
+    def __init__(self) -> None:
+        # id -> (object, its doubled key); the objects stay alive, so that ids are unique.
+        self._doubled: dict[int, tuple[dict, str]] = {}
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._build_object)
+
+    def parse(self, content: bytes) -> tuple[Any, str | None]:
+        """Return (value, None), (None, error), or (value, error) if an object has two keys of one name."""
+        self._doubled.clear()
+        try:
+            value = parse_json(content.decode("utf-8"), self._decoder.decode)
+        except UnicodeDecodeError as error:
+            return None, f"not UTF-8: {error}"
+        except ValueError as error:
+            return None, f"not JSON: {error}"
+        return value, self.find_doubled_key(value)
+
+    def find_doubled_key(self, value: object) -> str | None:
+        """Return an error if a part of the last value has two keys of one name."""
+        if not self._doubled:
+            return None
+        if id(value) in self._doubled:
+            name = self._doubled[id(value)][1]
+            return f"expected different keys in an object, got {name!r} twice. Remove or rename one"
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        return next(filter(None, map(self.find_doubled_key, parts)), None)
+
+    def _build_object(self, pairs: list[tuple[str, Any]]) -> dict:
+        value = dict(pairs)
+        if len(value) < len(pairs):
+            names = [name for name, _ in pairs]
+            self._doubled[id(value)] = value, next(name for name in names if names.count(name) > 1)
+        return value
 
 
 def _read_csv(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[SourceRow]:

@@ -262,7 +262,7 @@ def _check_other_columns(row: dict, field: str | None, is_named: bool) -> dict[s
 
 def _is_filled_text(value: object) -> bool:
     """Return whether a value is a text, an object or a list, and not empty."""
-    return isinstance(value, str | bytes | dict | list) and _is_filled(value)
+    return isinstance(value, (str, bytes, dict, list)) and _is_filled(value)
 
 
 def _is_filled(value: object) -> bool:

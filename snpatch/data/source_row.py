@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from snpatch.errors import SnpatchError, one_line
@@ -37,6 +38,7 @@ def find_column_error(columns: Iterable[str], required: Columns) -> str | None:
     return f"{' or '.join(', '.join(choice) for choice in required)}, got {list_columns(columns)}"
 
 
+@lru_cache(maxsize=4096)
 def normalize_column(name: str) -> str:
     """Return a column's name in the form in which names are compared."""
     return str(name).strip().lower().replace(" ", "_").replace("-", "_")

@@ -6,7 +6,7 @@ name neither the file nor the key.
 
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -69,11 +69,15 @@ def load_table(path: str | Path, what: str) -> object:
         raise SnpatchError(f"{what} {path}: cannot be read: {error}") from error
 
 
-def parse_json(text: str | bytes) -> object:
-    """Parse JSON. Raise ValueError if it is invalid, or nested deeper than MAX_DEPTH."""
+def parse_json(text: str | bytes, decode: Callable[[Any], object] = json.loads) -> object:
+    """Parse JSON. Raise ValueError if it is invalid, or nested deeper than MAX_DEPTH.
+
+    decode: `decode` of a JSONDecoder of the caller's.
+    """
     try:
         # A byte order mark; json itself removes it from bytes.
-        return _check_depth(json.loads(text.removeprefix("\ufeff") if isinstance(text, str) else text))
+        text = text.removeprefix("\ufeff") if isinstance(text, str) else text
+        return _check_depth(decode(text))
     except RecursionError:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from None
 

@@ -631,6 +631,48 @@ def test_list_of_texts_in_jsonl_is_rejected_with_line(tmp_path):
         load_dataset(tmp_path / "p.jsonl")
 
 
+DOUBLED = [
+    '{"prompt": "a", "prompt": "b"}',
+    '{"prompt": "a", "id": 1, "id": 1}',
+    '{"prompt": "a", "meta": [{"x": 1, "x": 2}]}',
+    '{"messages": [{"role": "user", "content": "a", "content": "b"}]}',
+]
+
+
+@pytest.mark.parametrize("row", DOUBLED)
+def test_json_object_with_doubled_keys_is_rejected_with_its_place(tmp_path, row):
+    name = next(name for name in ("prompt", "id", "x", "content") if row.count(f'"{name}"') > 1)
+    message = f"expected different keys in an object, got {name!r} twice. Remove or rename one"
+    good_row = '{"prompt": "c"}'
+    for name, content, place in (
+        ("p.jsonl", row, "line 1"),
+        ("p.jsonl", f"{good_row}\n\n{row}\n", "line 3"),
+        ("p.jsonl", f"{row}\n{good_row}\n", "line 1"),
+        ("p.json", f"[{good_row},\n{row}]", "item 2"),
+        ("p.json", row.replace(", ", ",\n"), "item 1"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(SnpatchError) as caught:
+            load_dataset(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name}, {place}: {message}"
+        if good_row in content:
+            data = load_dataset(tmp_path / name, skip_invalid=True)
+            assert (data.prompts, data.skipped) == ([user("c")], 1)
+    (tmp_path / "p.json").write_text(f'{{"data": [{row}]}}')
+    with pytest.raises(SnpatchError, match=rf"p\.json: {message}"):
+        load_dataset(tmp_path / "p.json")
+
+
+def test_doubled_keys_of_tables_and_completions_are_rejected(tmp_path):
+    for content in ('{"prompt": ["a"], "prompt": ["b"]}', '{"data": ["a"], "x": 1, "x": 2}'):
+        (tmp_path / "p.json").write_text(content)
+        with pytest.raises(SnpatchError, match=r"p\.json: expected different keys in an object, got '\w+' twice"):
+            load_dataset(tmp_path / "p.json")
+    (tmp_path / "c.jsonl").write_text('{"completion": "a", "completion": "b"}\n')
+    with pytest.raises(SnpatchError, match="line 1: expected different keys in an object, got 'completion' twice"):
+        read_completions(tmp_path / "c.jsonl")
+
+
 def test_json_object_on_several_lines_is_one_row(tmp_path):
     (tmp_path / "p.json").write_text(json.dumps({"messages": turns("a", "b")}, indent=2))
     assert load_dataset(tmp_path / "p.json").conversations() == [{"messages": turns("a", "b")}]
