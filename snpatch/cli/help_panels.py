@@ -50,7 +50,9 @@ GROUPED_BY = ("engine_arg", "learning_rate")  # commands with one of these have 
 
 
 def arrange(command, parent=None) -> None:
-    """Assign the options of a click command, or of all commands of a group, to panels. Flags show no value type.
+    """Assign the options of a click command, or of all commands of a group, to panels.
+
+    Flags show no value type.
 
     Args:
         command: The command.
@@ -73,7 +75,10 @@ def arrange(command, parent=None) -> None:
 
 
 def _place(option) -> tuple[int, int]:
-    """Return the place of an option: of its panel, and in it. Arguments come first, options without a place last."""
+    """Return the place of an option: of its panel, and in it.
+
+    Arguments come first, options without a place last.
+    """
     panel = getattr(option, "rich_help_panel", None)
     if panel not in PANELS:
         return -1, 0

@@ -39,7 +39,9 @@ def _wrap(callback: Callable, name: str) -> Callable:
 
 
 def describe_kept(command: str, values: dict) -> str:
-    """Return ": ", what an interrupted command has stored, and how to continue; "" for commands that write nothing.
+    """Return ": ", what an interrupted command has stored, and how to continue.
+
+    The text is "" for commands that write nothing.
 
     Args:
         command: Name of the command, for example "run" of `snpatch sweep run`.
@@ -54,7 +56,10 @@ def describe_kept(command: str, values: dict) -> str:
 
 
 def _describe_completions(values: dict, with_total: bool = False) -> str | None:
-    """Return how many completions the store has, and of how many for a sweep, whose completions are all requested."""
+    """Return how many completions the store has.
+
+    For a sweep, whose completions are all requested, add of how many.
+    """
     from snpatch.sweeps.store import STORE_FILE, Store, parse_shard, shard_name
 
     shard = values.get("shard")

@@ -163,7 +163,7 @@ def _fit_and_test(
     config: ComparisonConfig,
     identity: tuple[str, str],
 ) -> list[GuardRow]:
-    """Fit a guard on the first k neurons of the training set `source`, and return its scores on each test set."""
+    """Fit a guard on the first k neurons of a training set, and return its scores on each test set."""
     x, labels = captured[source][:, :k], sets[source].labels
     model, fingerprint = identity
     guard = Guard.fit(x, labels, order.ranking, model=model, fingerprint=fingerprint, config=config.guard)

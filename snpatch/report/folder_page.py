@@ -144,7 +144,10 @@ def _load_rankings(folder: Path) -> dict[str, Ranking]:
 
 
 def _build_sections(folder: Path, tables: Mapping[str, dict], headline: Sequence[str]) -> list[dict]:
-    """Build the experiments' sections, without what the page shows elsewhere: rows of sweeps, and sentences."""
+    """Build the experiments' sections.
+
+    Rows of sweeps and sentences that the page shows elsewhere are left out.
+    """
     sections, shown = [], set(headline)
     for stem, table in tables.items():
         section = {

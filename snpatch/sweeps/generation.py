@@ -176,7 +176,10 @@ def generate_missing(
 
 
 def _handle_failed_run(engine: Engine, store: Store, error: SnpatchError, failed_runs: int, max_restarts: int) -> int:
-    """Restart a crashed engine, and return how many restarts are left. Raise the error if no other run can help."""
+    """Restart a crashed engine, and return how many restarts are left.
+
+    Raise the error if no other run can help.
+    """
     if isinstance(error, BrokenJudgeError | ReceiptError) and not isinstance(error, SpoiledEngineError):
         raise error  # no completion of such an engine and no score of such a judge can be used
     if not store.queue.mark_suspect(str(error)) or failed_runs == MAX_FAILED_RUNS:

@@ -14,7 +14,10 @@ def require(value: T | None) -> T:
 
 
 def install_hint(extra: str) -> str:
-    """Return the command that installs the packages of an extra of snpatch, which itself is on no package index."""
+    """Return the command that installs the packages of an extra of snpatch.
+
+    snpatch itself is on no package index.
+    """
     try:
         entries = [entry.split(";") for entry in requires("snpatch") or ()]
     except PackageNotFoundError:  # run from a checkout that is not installed

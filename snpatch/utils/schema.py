@@ -132,7 +132,10 @@ def from_dict(kind: type, context: str, values: object):
 
 
 def check_keys(values: Mapping, known: Sequence[str], name: str = "") -> None:
-    """Raise SnpatchError for keys of a table that are not known. name: of the table in errors, as in `validate`."""
+    """Raise SnpatchError for keys of a table that are not known.
+
+    name: of the table in errors, as in `validate`.
+    """
     if unknown := sorted(map(str, values.keys() - set(known))):
         message = f"{name}unknown key {', '.join(unknown)}; expected one of {', '.join(known)}"
         message += "".join(f". Did you mean {key}?" for key in nearest(unknown[0], known)[:1])

@@ -310,8 +310,9 @@ def test_experiments_name_overlapping_controls_once(tmp_path, zoo):
         load_experiment_config(config, trust=True), tmp_path / "out", backend="transformers"
     ) as context:
         for name, one in settings.items():
-            headline = experiments.run(name, context, one).headline
-            assert sum("random controls overlap with the window" in line for line in headline) == 1, name
+            report = experiments.run(name, context, one)
+            sentences = [*report.headline, *report.notes]
+            assert sum("random controls overlap with the window" in line for line in sentences) == 1, name
 
 
 @pytest.mark.parametrize(

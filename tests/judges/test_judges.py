@@ -268,8 +268,8 @@ def test_open_judge_builds_each_kind_of_judge(tmp_path, monkeypatch):
     for spec, arguments, message in (
         ("refusal", {"format": "tulu"}, "judge refusal: expected no format, which only model judges accept"),
         (f"{__name__}:shout", {"dtype": "auto"}, "expected no dtype, which only model judges accept"),
-        (f"{__name__}:nothing", {}, "cannot be imported"),
-        ("no_such_module:judge", {}, "cannot be imported"),
+        (f"{__name__}:nothing", {}, "cannot import it"),
+        ("no_such_module:judge", {}, "cannot import it"),
         (f"{__name__}:NUMBER", {}, "expected a callable"),
     ):
         with pytest.raises(SnpatchError, match=message):

@@ -1,4 +1,4 @@
-"""The page of a results folder: each sentence and each plot stands once."""
+"""The page of a results folder: each sentence and each plot appears once."""
 
 import json
 from dataclasses import fields

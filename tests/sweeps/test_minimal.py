@@ -108,7 +108,7 @@ def test_smallest_window_with_scores_that_rise_with_the_donor():
     [
         ({"ks": []}, "ks: expected rising"),
         ({"ks": [3, 2]}, "ks: expected rising"),
-        ({"ks": [-1, 2]}, "not be negative"),
+        ({"ks": [-1, 2]}, "ks: expected rising numbers from 0 on"),
         ({"target": 0.0}, "target effect: expected"),
         ({"confidence": 1.0}, "confidence: expected"),
         ({"donor": [1.0, 2.0]}, r"each prompt, got \[3\] and \[2\]"),
@@ -140,5 +140,5 @@ def test_blocks_are_chosen_greedily_until_they_suffice():
     assert len(requested) == len(set(requested)) == sum(block.used for block in result) < 15 * 150 * 0.6
     blocks = find_blocks(measure, ["l0", "l1"], scores.recipient, scores.donor)
     assert {block.name for block in blocks} == {"l0", "l1"}, "all, because they do not suffice"
-    with pytest.raises(SnpatchError, match="a name each"):
+    with pytest.raises(SnpatchError, match="a different name for each"):
         find_blocks(measure, ["l0", "l0"], scores.recipient, scores.donor)

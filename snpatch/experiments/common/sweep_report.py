@@ -272,7 +272,7 @@ def _describe_recovery(result: SweepResult, judge: str, recipient: str, ranking:
 
 
 def _describe_controls(result: SweepResult, row: Row) -> str:
-    """Return the range of effects of the row's random controls, and how many of their neurons are the window's own."""
+    """Return the range of effects of a row's random controls, and their overlap with the window."""
     effects = [control.effect for control in result.controls(row) if control.effect is not None]
     if not effects:
         return "no random control"
