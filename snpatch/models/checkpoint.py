@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from snpatch.errors import SnpatchError, first_line, shown
-from snpatch.models.checkpoint_files import WEIGHT_PATTERNS, find_weight_files
 from snpatch.models.hub import resolve_revision
 from snpatch.models.pretrained import load_pretrained
 from snpatch.utils.tensors import is_finite
@@ -55,13 +54,6 @@ def load_model_shape(model: str | Path, allow_untested: bool) -> tuple[int, int]
     """Return (number of layers, neurons per layer) from a model's config."""
     config = load_config(model, allow_untested).get_text_config()
     return config.num_hidden_layers, config.intermediate_size
-
-
-def check_has_weights(model: str | Path) -> None:
-    """Raise a SnpatchError for a local folder without weight files; hub names pass."""
-    folder = Path(model)
-    if folder.is_dir() and not find_weight_files(folder):
-        raise SnpatchError(f"cannot load {model}: it holds no weights ({', '.join(WEIGHT_PATTERNS)})")
 
 
 def _rope_types(parameters) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
 from snpatch.models import sandbox
-from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILES
+from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, find_adapter_weights
 from snpatch.utils.files import read_state
 from snpatch.utils.schema import parse_json
 
@@ -148,10 +148,8 @@ def parse_number(folder: Path, field: str, value: object) -> float:
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """Return an adapter's tensors by PEFT's names."""
-    for file in ADAPTER_WEIGHT_FILES:
-        if (folder / file).is_file():
-            tensors = read_state(folder / file)
-            if too_long := [name for name in tensors if len(name) > MAX_TENSOR_NAME]:
-                raise SnpatchError(f"{folder / file}: unknown tensor {shown(too_long[0])}")
-            return tensors
-    raise SnpatchError(f"{folder}: neither {' nor '.join(ADAPTER_WEIGHT_FILES)}")
+    file = find_adapter_weights(folder)
+    tensors = read_state(file)
+    if too_long := [name for name in tensors if len(name) > MAX_TENSOR_NAME]:
+        raise SnpatchError(f"{file}: unknown tensor {shown(too_long[0])}")
+    return tensors

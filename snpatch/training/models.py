@@ -27,7 +27,7 @@ from snpatch.models.clock import uses_clock
 from snpatch.models.hub import resolve_revision
 from snpatch.models.lora import merge_loras
 from snpatch.models.peft_files import read_adapter_config
-from snpatch.models.pretrained import load_pretrained, wrap_loader_errors
+from snpatch.models.pretrained import load_network, load_pretrained, wrap_loader_errors
 from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, read_adapter_template
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -82,7 +82,7 @@ def load_model(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreT
         dtype = "float32"
     elif dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    return load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, dtype))
+    return load_network(AutoModelForCausalLM, model, dtype=getattr(torch, dtype))
 
 
 def new_adapter_config(settings: TrainSettings) -> PeftConfig | None:
