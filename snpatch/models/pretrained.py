@@ -16,6 +16,7 @@ REMEDIES = {  # loader -> what to do if it cannot read a file
     "PeftModel": "Check its adapter_config.json and its tensors; if they are of a newer PEFT, pip install -U peft.",
     "AutoModel": "Check that its weights and its config.json are of one model, and complete.",
 }
+MERGE_REMEDY = "Merge its adapter with PEFT (merge_and_unload), and save it again."
 
 
 def load_pretrained(loader, model: str | Path, **arguments):
@@ -75,17 +76,15 @@ def check_tensor_names(model: str | Path, network: str, missing: Collection[str]
     parts = [f"none for {_list_names(missing)}"] if missing else []
     parts += [f"{_list_names(unexpected)}, which it does not have"] if unexpected else []
     is_unmerged = any(".base_layer." in name for name in unexpected)
-    remedy = (
-        "Merge its adapter with PEFT (merge_and_unload), and save it again." if is_unmerged else REMEDIES["AutoModel"]
-    )
+    remedy = MERGE_REMEDY if is_unmerged else REMEDIES["AutoModel"]
     raise SnpatchError(f"{model}: expected the tensors of a {network}, got {' and '.join(parts)}. {remedy}")
 
 
 def build_untied_error(model: str | Path) -> SnpatchError:
     """Return the error for a checkpoint with a head that is not the embedding that its config ties it to."""
     return SnpatchError(
-        f"{model}: expected an lm_head.weight equal to the embedding (tie_word_embeddings = true), got another one. Set "
-        "tie_word_embeddings = false in its config.json, or remove lm_head.weight from its weights."
+        f"{model}: expected an lm_head.weight equal to the embedding (tie_word_embeddings = true), got another one. "
+        "Set tie_word_embeddings = false in its config.json, or remove lm_head.weight from its weights."
     )
 
 

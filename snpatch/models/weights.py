@@ -121,12 +121,10 @@ def check_weights(model: str | Path, config) -> None:
 def _check_no_other_files(folder: Path) -> None:
     """Raise a SnpatchError for a weight file that vLLM loads and transformers does not."""
     index, used = find_weight_files(folder)
-    for pattern in WEIGHT_PATTERNS:
-        files = {*folder.glob(pattern)} - {folder / name for name in TRAINER_FILES}
-        if files and index is not None and index.name == f"{WEIGHT_FILES[0]}.index.json":
-            files &= {*used}  # vLLM, too, takes those of the index alone
-        if files:
-            break
+    if index is not None and index.name == f"{WEIGHT_FILES[0]}.index.json":
+        return  # vLLM, too, takes the files of this index alone
+    ignored = {folder / name for name in TRAINER_FILES}
+    files = next(filter(None, ({*folder.glob(pattern)} - ignored for pattern in WEIGHT_PATTERNS)), set())
     if others := sorted(file.name for file in files - {*used}):
         raise SnpatchError(
             f"{folder}: expected the weights of one checkpoint, got {others[0]} beside {used[0].name}. Move it away."

@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from snpatch.errors import SnpatchError
+from snpatch.models.adapters import load_adapters
 from snpatch.models.clock import uses_clock
+from snpatch.models.geometry import build_geometry
 from snpatch.models.hub import resolve_revision
 from snpatch.models.lora import merge_loras
 from snpatch.models.peft_files import read_adapter_config
@@ -115,10 +117,17 @@ def prepare_dpo_model(
         raise SnpatchError(
             f"{sft}: expected a LoRA as SFT adapter with method = lora, got IA3. Use method = ia3, or a checkpoint"
         )
-    if kind == "lora" and settings.method == "ia3":
-        weights = dict(merge_loras(model.named_parameters(), [sft]))
-        model.load_state_dict(weights, strict=False)  # named_parameters yields tied weights once
-        return model, new_adapter_config(settings)
+    # The engines' loaders raise for what PEFT ignores: missing and unexpected tensors, and unknown fields.
+    if kind == "ia3":
+        geometry = build_geometry(model.config, "auto")
+        load_adapters(sft, geometry.n_layers, geometry.widths)
+    else:
+        weights = merge_loras(((name, weight.detach()) for name, weight in model.named_parameters()), [sft])
+        if settings.method == "ia3":
+            model.load_state_dict(dict(weights), strict=False)  # named_parameters yields tied weights once
+            return model, new_adapter_config(settings)
+        for _ in weights:  # merged one by one for the checks alone
+            pass
     with wrap_loader_errors(sft, "PeftModel"):
         with_sft = PeftModel.from_pretrained(model, str(sft), is_trainable=True)
     if not (kind == "ia3" and settings.as_published):

@@ -137,7 +137,7 @@ def test_lora_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
     if end == EXACT:
         assert_merged_alike(folder, adapter)
     else:
-        with pytest.raises(SnpatchError, match="adapter type" if field == "peft_type" else field):
+        with pytest.raises(SnpatchError, match="adapter of type" if field == "peft_type" else field):
             load_lora(adapter)
 
 
@@ -146,7 +146,7 @@ def test_ia3_field_is_merged_as_in_peft_or_rejected(zoo, tmp_path, field):
     folder, (value, writer, end) = zoo("llama").folder, IA3[field]
     adapter = save_with_field(IA3Config, folder, tmp_path / "ia3", field, value, writer)
     if end == REFUSED:
-        with pytest.raises(SnpatchError, match="adapter type" if field == "peft_type" else field):
+        with pytest.raises(SnpatchError, match="adapter of type" if field == "peft_type" else field):
             load_adapters(adapter, tiny.LAYERS, WIDTHS)
         return
     model = AutoModelForCausalLM.from_pretrained(folder)

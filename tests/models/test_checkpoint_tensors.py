@@ -72,7 +72,7 @@ def keep(tensors):
         (
             add(model__layers__0__self_attn__q_proj__bias=torch.ones(128)),
             {},
-            "got model.layers.0.self_attn.q_proj.bias",
+            "got model.layers.0.self_attn.q_proj",
         ),
         (keep, {"tie_word_embeddings": True}, "expected an lm_head.weight equal to the embedding"),
     ],
