@@ -16,6 +16,7 @@ from torch import Tensor
 from snpatch.errors import SnpatchError, shown
 from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.peft_files import (
+    MERGE_REMEDY,
     TARGET_FIELDS,
     check_fields,
     find_target_modules,
@@ -80,7 +81,9 @@ def load_lora(adapter: str | Path) -> Lora:
             copies[f"{copy['module']}.weight"] = tensor
             continue
         if not match or tensor.dim() != 2:
-            raise SnpatchError(f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer")
+            raise SnpatchError(
+                f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer: {MERGE_REMEDY}"
+            )
         checked = check_tensor(tensor, f"{folder}: {key}", *FLOATS, used=torch.float32)
         matrices.setdefault(match["module"], {})[match["side"]] = checked
     if unexpected := matrices.keys() - _find_targets(folder, config, list(matrices), matrices):
@@ -141,8 +144,7 @@ def _merge_weight(loras: Sequence[Lora], unused: Sequence[set[str]], name: str, 
         names.discard(name)
         if name in lora.copies and not _is_copy(lora.copies[name], weight):
             raise SnpatchError(
-                f"{lora.folder}: it brings a {name} of its own, which is not the model's: merge this adapter with PEFT "
-                "(merge_and_unload) and give the checkpoint"
+                f"{lora.folder}: it brings a {name} of its own, which is not the model's: {MERGE_REMEDY}"
             )
         if name not in lora.updates:
             continue

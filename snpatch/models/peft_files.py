@@ -27,6 +27,7 @@ REMEDIES = {  # by the type of an adapter that was passed as one of another type
     "LORA": '. Pass a LoRA as models={"name": {"lora": folder}} (command line: --lora name=folder)',
     "IA3": '. Pass an IA3 adapter as adapters={"name": folder} (command line: --adapter name=folder)',
 }
+MERGE_REMEDY = "merge this adapter with PEFT (merge_and_unload) and give the checkpoint"
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
@@ -66,10 +67,7 @@ def check_fields(
         if is_off or name in known or name in ORIGIN_FIELDS:
             continue
         if not any(type(value) is type(allowed) and value == allowed for allowed in harmless.get(name, ())):
-            raise SnpatchError(
-                f"{folder}: {name} = {shown(value)} is not supported: merge this adapter with PEFT (merge_and_unload) "
-                "and give the checkpoint"
-            )
+            raise SnpatchError(f"{folder}: {name} = {shown(value)} is not supported: {MERGE_REMEDY}")
 
 
 def read_module_names(folder: Path, config: Mapping, field: str) -> str | list[str]:
@@ -137,6 +135,24 @@ def match_numbers(folder: Path, config: Mapping, field: str, modules: Sequence[s
     subject = f"{folder / ADAPTER_CONFIG_FILE}: {field}: {', '.join(map(shown, table))}"
     matches = sandbox.match(patterns, modules, subject)
     return {module: numbers[i] for module, i in zip(modules, matches, strict=True) if i is not None}
+
+
+def find_other_base(config: Mapping, model: str) -> str | None:
+    """Return the name of the base model in an adapter's config; None if it is absent or names `model`.
+
+    Only the last parts of names and paths are compared, because folders are moved.
+    """
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or _get_model_name(base) == _get_model_name(model):
+        return None
+    return base
+
+
+def _get_model_name(model: str) -> str:
+    """Return the last part of a model's name or path; of a folder in the hub's cache, that of the repository."""
+    parts = model.rstrip("/").split("/")
+    repository = parts[-3] if len(parts) > 2 and parts[-2] == "snapshots" else parts[-1].partition("@")[0]
+    return repository.rpartition("--")[2].casefold()
 
 
 def parse_number(folder: Path, field: str, value: object) -> float:
