@@ -24,9 +24,10 @@ from transformers import (
 
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import load_adapters
+from snpatch.models.checkpoint import read_generation_config
 from snpatch.models.clock import uses_clock
 from snpatch.models.geometry import build_geometry
-from snpatch.models.hub import resolve_revision
+from snpatch.models.hub import resolve_model_folder
 from snpatch.models.lora import merge_loras
 from snpatch.models.peft_files import read_adapter_config
 from snpatch.models.pretrained import load_network, load_pretrained, wrap_loader_errors
@@ -248,10 +249,8 @@ def _restore_configs(model: PreTrainedModel, source: str | Path) -> None:
     config = load_pretrained(AutoConfig, source)
     for name in ("use_cache", "pad_token_id"):
         setattr(model.config, name, getattr(config, name, None))
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(resolve_revision(source))
-    except OSError:  # the model has no generation config
-        model.generation_config = GenerationConfig.from_model_config(config)
+    generation_config = read_generation_config(resolve_model_folder(source))
+    model.generation_config = generation_config or GenerationConfig.from_model_config(config)
 
 
 def _describe_neuron(module: str, index: int) -> str:
