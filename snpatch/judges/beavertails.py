@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from snpatch.errors import SnpatchError
-from snpatch.models.checkpoint_files import find_shards
+from snpatch.models.checkpoint_files import WEIGHT_FILES, find_weight_files
 from snpatch.utils.files import read_state
 from snpatch.utils.tensors import FLOATS, check_tensor
 
 SCORE_ARCHITECTURES = ("LlamaModelForScore", "LlamaForScore")
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # if there is no index
 MIN_VARIANCE = 1e-8  # of a normalizer, as in its authors' code
 
 
@@ -108,7 +107,7 @@ def _read_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Ite
 
     The normalizer's tensors stay on the host.
     """
-    for path in _find_weight_files(folder):
+    for path in _require_weight_files(folder):
         for name, tensor in read_state(path).items():
             if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it follows from the config
                 continue
@@ -119,8 +118,8 @@ def _read_tensors(folder: Path, dtype: torch.dtype, device: torch.device) -> Ite
             yield name, checked if is_normalizer else checked.to(device)
 
 
-def _find_weight_files(folder: Path) -> list[Path]:
-    index, files = find_shards(folder, WEIGHT_FILES)
+def _require_weight_files(folder: Path) -> list[Path]:
+    index, files = find_weight_files(folder)
     if index and (missing := [file.name for file in files if not file.is_file()]):
         raise SnpatchError(f"score model {folder}: {index.name} names files that are not there: {missing}")
     if index is None and not files:

@@ -21,7 +21,7 @@ from snpatch.judges.beavertails import read_score_checkpoint
 from snpatch.judges.score_format import EncodedText
 from snpatch.models.checkpoint import check_finite
 from snpatch.models.hub import resolve_model_folder
-from snpatch.models.pretrained import load_pretrained
+from snpatch.models.pretrained import load_network
 
 DEFAULT_BATCH_SIZE = 16
 
@@ -97,14 +97,7 @@ class ClassifierScorer:
         self._device, self._batch_size = pick_device(device), batch_size
         # SDPA in transformers drops Gemma 2's soft cap on attention logits.
         attention = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-        loaded, report = load_pretrained(
-            AutoModelForSequenceClassification, model, dtype=dtype, output_loading_info=True, **attention
-        )
-        if report["missing_keys"]:
-            raise SnpatchError(
-                f"judge {model}: no sequence classification or reward model, as its checkpoint lacks "
-                f"{', '.join(sorted(report['missing_keys'])[:3])}"
-            )
+        loaded = load_network(AutoModelForSequenceClassification, model, dtype=dtype, **attention)
         check_finite(loaded.named_parameters(), str(model))
         self._model = loaded.to(self._device).eval()
         self._text_config = loaded.config.get_text_config()

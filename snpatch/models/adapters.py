@@ -29,7 +29,8 @@ from snpatch.utils.tensors import FLOATS, check_tensor
 
 MODULES = {"down_proj": "mlp.down_proj", "k_proj": "self_attn.k_proj", "v_proj": "self_attn.v_proj"}
 IA3_FIELDS = ("target_modules", "exclude_modules", "feedforward_modules", "init_ia3_weights")
-_KEY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?layers\.(?P<layer>[0-9]+)\.(?P<path>.+))\.ia3_l")
+# PEFT loads the names of the causal language model alone, and ignores all others.
+_KEY = re.compile(r"base_model\.model\.(?P<module>model\.layers\.(?P<layer>[0-9]+)\.(?P<path>.+))\.ia3_l")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,11 @@ def _load_folder(folder: Path, n_layers: int, widths: dict[str, int]) -> IA3Scal
     tensors = read_adapter_tensors(folder)
     matches = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
     if unknown := [key for key in tensors if key not in matches]:
-        raise SnpatchError(f"{folder}: unknown tensor {unknown[0]}")
+        raise SnpatchError(
+            f"{folder}: expected tensors named base_model.model.model.layers.N.MODULE.ia3_l, as PEFT saves them for a "
+            f"causal language model, got the unknown tensor {unknown[0]}. Load it into that model with PEFT, and save "
+            "it again."
+        )
     modules = [match["module"] for match in matches.values()]
     scales_input = match_modules(folder, "feedforward_modules", feedforward, modules)
     loaded, vectors = set(), IA3Scales.ones(n_layers, widths).vectors

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from snpatch.errors import SnpatchError, first_line, shown
-from snpatch.models.checkpoint_files import WEIGHT_PATTERNS, find_weight_files
-from snpatch.models.hub import resolve_revision
+from snpatch.models.checkpoint_files import GENERATION_CONFIG_FILE
+from snpatch.models.hub import resolve_model_folder
+from snpatch.models.notes import Notes
 from snpatch.models.pretrained import load_pretrained
 from snpatch.utils.tensors import is_finite
 
@@ -28,6 +29,17 @@ TESTED_ARCHITECTURES = (
     "qwen3",
     "phi3",
 )
+# Fields of a generation config that engines read, that requests set, or that change no completion.
+KNOWN_GENERATION_FIELDS = (
+    "eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample", "temperature", "top_k",
+    "top_p", "max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_return_sequences", "use_cache",
+    "cache_implementation", "cache_config", "output_scores", "output_logits", "output_attentions",
+    "output_hidden_states", "return_dict_in_generate", "return_legacy_cache", "compile_config", "disable_compile",
+    "prefill_chunk_size", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "use_mtp", "early_stopping", "length_penalty",
+    "low_memory", "generation_kwargs", "transformers_version", "trust_remote_code", "continuous_batching_config",
+)  # fmt: skip
 
 
 def load_config(model: str | Path, allow_untested: bool):
@@ -57,13 +69,6 @@ def load_model_shape(model: str | Path, allow_untested: bool) -> tuple[int, int]
     return config.num_hidden_layers, config.intermediate_size
 
 
-def check_has_weights(model: str | Path) -> None:
-    """Raise a SnpatchError for a local folder without weight files; hub names pass."""
-    folder = Path(model)
-    if folder.is_dir() and not find_weight_files(folder):
-        raise SnpatchError(f"cannot load {model}: it holds no weights ({', '.join(WEIGHT_PATTERNS)})")
-
-
 def _rope_types(parameters) -> set[str]:
     """Return all values of rope_type in a config, which may nest them by kind of layer."""
     if not isinstance(parameters, dict):
@@ -76,21 +81,47 @@ def load_eos_ids(model: str | Path, config, tokenizer) -> frozenset[int]:
 
     They are the generation config's (else the config's) and the tokenizer's.
     """
-    declared = read_generation_eos_ids(resolve_revision(model))
+    declared = read_generation_eos_ids(resolve_model_folder(model, has_weights=False))
     if declared is None:
         declared = _parse_ids(config.eos_token_id, model)
     return frozenset(declared + _parse_ids(tokenizer.eos_token_id, model))
 
 
-def read_generation_eos_ids(folder: str | Path) -> list[int] | None:
-    """Return the EOS tokens in a folder's generation config; None if it has no generation config."""
-    try:
-        declared = GenerationConfig.from_pretrained(str(folder)).eos_token_id
-    except OSError:
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return a folder's generation config; None if it has none."""
+    if not (folder / GENERATION_CONFIG_FILE).exists():
         return None
-    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-        raise SnpatchError(f"{folder}: its generation_config.json cannot be read: {first_line(error)}") from error
-    return _parse_ids(declared, folder)
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except (OSError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise SnpatchError(
+            f"{folder}: its {GENERATION_CONFIG_FILE} cannot be read: {first_line(error).rstrip('.')}. Correct it, or "
+            "remove it."
+        ) from error
+
+
+def read_generation_eos_ids(folder: Path) -> list[int] | None:
+    """Return the EOS tokens in a folder's generation config; None if it has no generation config."""
+    config = read_generation_config(folder)
+    return None if config is None else _parse_ids(config.eos_token_id, folder)
+
+
+def note_unapplied_settings(folder: Path, notes: Notes) -> None:
+    """Add a note on the settings of a folder's generation config that change completions in transformers alone."""
+    config = read_generation_config(folder)
+    settings = {} if config is None else config.to_diff_dict()
+    unapplied = sorted(
+        name for name, value in settings.items() if name not in KNOWN_GENERATION_FIELDS and not _is_neutral(name, value)
+    )
+    if unapplied:
+        values = ", ".join(f"{name} = {shown(settings[name])}" for name in unapplied)
+        notes.add(f"generation config {folder}", f"{folder / GENERATION_CONFIG_FILE}: {values}: not applied")
+
+
+def _is_neutral(name: str, value: object) -> bool:
+    """Return whether a setting's value changes no completion."""
+    is_number = isinstance(value, int | float) and not name.endswith("_token_id")
+    return value in (None, "", [], {}) or (is_number and value in (0, 1))
 
 
 def _parse_ids(declared: object, name: str | Path) -> list[int]:

@@ -1,6 +1,5 @@
 """Names of the files in a checkpoint's or an adapter's folder: weights, index, config and tokenizer."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,8 @@ from snpatch.errors import SnpatchError
 from snpatch.utils.schema import parse_json
 
 CONFIG_FILE = "config.json"  # sizes, rotary base, epsilon of the norms: settings that change what weights compute
-WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # a checkpoint is the files of the first pattern that has any
-# Of the formats that are read tensor by tensor: index, and the files of a checkpoint without one.
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SHARD_PATTERNS = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt")  # files that vLLM loads under any name
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # transformers loads the first of them, or its index
 TOKENIZER_PATTERNS = (
     "tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "chat_template*",
 )  # fmt: skip
@@ -20,26 +17,26 @@ ADAPTER_WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 
-def find_weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a checkpoint or adapter, sorted; empty if there are none."""
-    return next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
-
-
-def find_shards(folder: Path, patterns: Sequence[str] = SHARD_PATTERNS) -> tuple[Path | None, list[Path]]:
+def find_weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
     """Return (index, weight files) of a checkpoint; (None, []) if there are none.
 
-    Safetensors files come before torch files.
-
-    Args:
-        folder: Folder of the checkpoint.
-        patterns: For each of INDEX_FILES, the names of the weight files of a checkpoint without that index.
+    They are the files that transformers loads. If it finds none: the files of the first of WEIGHT_PATTERNS that has
+    any, which vLLM loads.
     """
-    for name, pattern in zip(INDEX_FILES, patterns, strict=True):
-        if (index := folder / name).is_file():
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return None, [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
             return index, sorted(set(read_index(index).values()))
-        if files := sorted(folder.glob(pattern)):
-            return None, files
-    return None, []
+    return None, next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS)), [])
+
+
+def find_adapter_weights(folder: Path) -> Path:
+    """Return the file of an adapter's tensors that PEFT loads."""
+    for name in ADAPTER_WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise SnpatchError(f"{folder}: neither {' nor '.join(ADAPTER_WEIGHT_FILES)}")
 
 
 def read_index(path: Path) -> dict[str, Path]:

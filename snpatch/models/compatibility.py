@@ -9,14 +9,16 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from snpatch.errors import SnpatchError, shown
 from snpatch.models.notes import Notes
-from snpatch.models.pretrained import load_pretrained
+from snpatch.models.pretrained import load_pretrained, wrap_loader_errors
 
 # Keys that a config's class declares, but that do not change the forward pass.
 MAY_DIFFER_KEYS = (
@@ -45,11 +47,19 @@ UNDECLARED_KEYS = (
 )
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
 ROPE_PARAMETER_KEYS = ("rope_parameters", "original_max_position_embeddings")
-ROPE_TYPE_KEYS = {  # rope_type -> keys that it uses in addition to its base; of other types all keys count
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+# rope_type -> keys that it uses in addition to its base, and their defaults; of other types all keys count.
+# Source: transformers.modeling_rope_utils.
+ROPE_TYPE_KEYS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": None},
+    "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None,
+               "original_max_position_embeddings": None},
+    "yarn": {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32, "beta_slow": 1,
+             "truncate": True},
+    "longrope": {"short_factor": None, "long_factor": None, "original_max_position_embeddings": None},
+    "proportional": {"factor": 1.0},
+}  # fmt: skip
+SCALED_ATTENTION_TYPES = ("yarn", "longrope")  # they scale attention by a factor that other keys determine
 # Parts of a tokenizer that determine ids in addition to its tokens. What it adds around a text may differ, because each
 # model's prompts are encoded by its own tokenizer.
 COMPARED_PARTS = ("normalizer", "pre_tokenizer")
@@ -75,7 +85,11 @@ def check_compatible(model: str | Path, second: str | Path, tokenizer, other_tok
             "model in its own engine."
         )
     context = min(config.max_position_embeddings, second_config.max_position_embeddings)
-    keys, second_keys = get_used_config(config, context), get_used_config(second_config, context)
+    used = []
+    for name, model_config in ((model, config), (second, second_config)):
+        with wrap_loader_errors(name, "AutoConfig"):
+            used.append(get_used_config(model_config, context))
+    keys, second_keys = used
     for key in sorted(keys.keys() | second_keys.keys()):
         value, second_value = keys.get(key), second_keys.get(key)
         if value != second_value:
@@ -112,9 +126,11 @@ def get_used_config(config, context: int) -> dict[str, object]:
     layers, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
     is_windowed = window is not None and window < context and (layers is None or "sliding_attention" in layers)
     used["sliding_window"] = window if is_windowed else None
+    if getattr(config, "rope_parameters", None):
+        config.standardize_rope_params()  # takes original_max_position_embeddings from the config's top level
     rope = getattr(config, "rope_parameters", None) or {}
-    by_layer = {kind: _used_rope(parameters) for kind, parameters in rope.items() if isinstance(parameters, dict)}
-    used["rope_parameters"] = by_layer or _used_rope(rope)
+    by_layer = {kind: _used_rope(config, one, kind) for kind, one in rope.items() if isinstance(one, dict)}
+    used["rope_parameters"] = by_layer or _used_rope(config, rope)
     if layers is not None:
         windows = {kind: (used["sliding_window"] if kind == "sliding_attention" else None) for kind in layers}
         used["layer_types"] = [(windows[kind], by_layer.get(kind)) for kind in layers]
@@ -122,16 +138,26 @@ def get_used_config(config, context: int) -> dict[str, object]:
     return {name: _to_plain(value) for name, value in used.items()}
 
 
-def _used_rope(parameters: Mapping) -> dict[str, object]:
-    """Return the keys that the rotary positions are computed with."""
+def _used_rope(config, parameters: Mapping, layer_type: str | None = None) -> dict[str, object]:
+    """Return the keys that the rotary positions are computed with; keys at their defaults equal absent ones.
+
+    Args:
+        config: The model's config.
+        parameters: Its rope_parameters, or those of one kind of layer.
+        layer_type: The kind of layer; None if all layers have the same parameters.
+    """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind == "linear" and parameters.get("factor") == 1:
         kind = "default"
-    names = ROPE_TYPE_KEYS.get(kind, parameters.keys() - {"type"})
-    values = {name: value for name in names if (value := parameters.get(name)) is not None}
+    defaults = ROPE_TYPE_KEYS.get(kind, dict.fromkeys(parameters.keys() - {"type"}))
+    values = {name: default if parameters.get(name) is None else parameters[name] for name, default in defaults.items()}
+    if kind in SCALED_ATTENTION_TYPES:
+        values["attention_factor"] = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)[1]
+        if "factor" in values and values["factor"] is None:
+            values["factor"] = config.max_position_embeddings / parameters["original_max_position_embeddings"]
     share = parameters.get("partial_rotary_factor")
     fixed = {"rope_theta": parameters.get("rope_theta"), "share": 1.0 if share is None else share}
-    return {**fixed, **values, "rope_type": kind}
+    return {**fixed, **{name: value for name, value in values.items() if value is not None}, "rope_type": kind}
 
 
 def _to_plain(value) -> object:
@@ -146,7 +172,8 @@ def _declared_keys(config) -> set[str]:
 def _unused_keys(config) -> set[str]:
     """Return the keys of a config that its class does not declare and that are not used."""
     known = {f.name for f in fields(PreTrainedConfig)} | {"_name_or_path", "model_type", "transformers_version"}
-    return config.to_dict().keys() - known - _declared_keys(config) - {*UNDECLARED_KEYS, "head_dim"}
+    used = {*UNDECLARED_KEYS, *ROPE_PARAMETER_KEYS, "head_dim"}
+    return config.to_dict().keys() - known - _declared_keys(config) - used
 
 
 def have_equal_weights(module: nn.Module, other: nn.Module) -> bool:

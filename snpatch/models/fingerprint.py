@@ -15,6 +15,7 @@ from snpatch.models.checkpoint_files import (
     CONFIG_FILE,
     TOKENIZER_PATTERNS,
     WEIGHT_PATTERNS,
+    find_adapter_weights,
     find_weight_files,
 )
 from snpatch.models.hub import resolve_adapter_folder, resolve_model_folder
@@ -49,9 +50,7 @@ def fingerprint_adapter(adapter: str | Path) -> str:
     """Return the content hash of a PEFT adapter: of its tensors' file and its config."""
     folder = resolve_adapter_folder(adapter)
     cache = _FileHashCache()
-    return _hash_lines(
-        [cache.hash_file(file) for file in [*_require_weight_files(folder), folder / ADAPTER_CONFIG_FILE]]
-    )
+    return _hash_lines([cache.hash_file(file) for file in (find_adapter_weights(folder), folder / ADAPTER_CONFIG_FILE)])
 
 
 def fingerprint_tokenizer(tokenizer) -> str:
@@ -79,7 +78,7 @@ def _hash_lines(lines: list[str]) -> str:
 
 
 def _require_weight_files(folder: Path) -> list[Path]:
-    if files := find_weight_files(folder):
+    if files := find_weight_files(folder)[1]:
         return files
     raise SnpatchError(f"cannot load {folder}: it holds no weights ({', '.join(WEIGHT_PATTERNS)})")
 

@@ -11,10 +11,11 @@ from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, ModelSource
 from snpatch.errors import SnpatchError
 from snpatch.models.adapters import IA3Scales, load_adapters
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint
-from snpatch.models.hub import get_revision
-from snpatch.models.lora import MERGE_WITH_PEFT, load_lora
+from snpatch.models.hub import get_revision, resolve_adapter_folder
+from snpatch.models.lora import load_lora
 from snpatch.models.model import Model, Weights
 from snpatch.models.notes import Notes
+from snpatch.models.peft_files import MERGE_WITH_PEFT, find_other_base, read_adapter_config
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.text_processing import has_text_files, load_text_processors
 from snpatch.names import BASE
@@ -99,6 +100,8 @@ class LoadedModels:
                 scales = load_adapters(source.adapters, geometry.n_layers, geometry.widths)
                 if scales.is_identity:
                     self._note_no_effect(" on ".join(map(str, source.adapters)), "all of its scales are 1")
+            for folder in (*source.lora, *source.adapters):
+                self._note_other_base(folder, source.checkpoint or self._config.model)
             model = Model(self.weights[source.weights_source], scales)
             check(name, model)
             self.models[name] = model
@@ -135,6 +138,11 @@ class LoadedModels:
             )
         if lora.is_zero:
             self._note_no_effect(folder, "all of its updates are 0")
+
+    def _note_other_base(self, folder: str, model: str) -> None:
+        config = read_adapter_config(resolve_adapter_folder(folder), "IA3", "LORA")
+        if base := find_other_base(config, model):
+            self.notes.add(f"base {folder}", f"{folder} was trained on {base}, as its config says, and runs on {model}")
 
     def _note_no_effect(self, folders: str, why: str) -> None:
         self.notes.add(f"plain {folders}", f"{folders} changes nothing ({why}): it was never trained, or saved wrong")

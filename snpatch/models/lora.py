@@ -16,6 +16,7 @@ from torch import Tensor
 from snpatch.errors import SnpatchError, shown
 from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.peft_files import (
+    MERGE_WITH_PEFT,
     TARGET_FIELDS,
     check_fields,
     find_target_modules,
@@ -31,7 +32,6 @@ from snpatch.utils.tensors import FLOATS, check_tensor, is_finite
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 # PEFT saves a copy of the embeddings together with a LoRA on lm_head, or if their sizes were changed.
 _COPY = re.compile(r"base_model\.model\.(?P<module>(?:.+\.)?(?:lm_head|embed_tokens))(?:\.base_layer)?\.weight")
-MERGE_WITH_PEFT = "Merge the adapter with PEFT (merge_and_unload) and pass the checkpoint."
 # Fields that are read here, and fields that mean nothing once an adapter is trained.
 LORA_FIELDS = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_parameters",
                *TARGET_FIELDS, "lora_dropout", "eva_config", "runtime_config", "megatron_core", "qalora_group_size",
@@ -81,7 +81,9 @@ def load_lora(adapter: str | Path) -> Lora:
             copies[f"{copy['module']}.weight"] = tensor
             continue
         if not match or tensor.dim() != 2:
-            raise SnpatchError(f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer")
+            raise SnpatchError(
+                f"{folder}: {key} {list(tensor.shape)} is not a LoRA matrix of a linear layer. {MERGE_WITH_PEFT}"
+            )
         checked = check_tensor(tensor, f"{folder}: {key}", *FLOATS, used=torch.float32)
         matrices.setdefault(match["module"], {})[match["side"]] = checked
     if unexpected := matrices.keys() - _find_targets(folder, config, list(matrices), matrices):

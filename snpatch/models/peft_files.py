@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snpatch.errors import SnpatchError, shown
 from snpatch.models import sandbox
-from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHT_FILES
+from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, find_adapter_weights
 from snpatch.utils.files import read_state
 from snpatch.utils.schema import parse_json
 
@@ -27,6 +27,7 @@ REMEDIES = {  # by the type of an adapter that was passed as one of another type
     "LORA": '. Pass a LoRA as models={"name": {"lora": folder}} (command line: --lora name=folder)',
     "IA3": '. Pass an IA3 adapter as adapters={"name": folder} (command line: --adapter name=folder)',
 }
+MERGE_WITH_PEFT = "Merge the adapter with PEFT (merge_and_unload) and pass the checkpoint."
 _LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
@@ -66,10 +67,7 @@ def check_fields(
         if is_off or name in known or name in ORIGIN_FIELDS:
             continue
         if not any(type(value) is type(allowed) and value == allowed for allowed in harmless.get(name, ())):
-            raise SnpatchError(
-                f"{folder}: {name} = {shown(value)} is not supported: merge this adapter with PEFT (merge_and_unload) "
-                "and give the checkpoint"
-            )
+            raise SnpatchError(f"{folder}: {name} = {shown(value)} is not supported. {MERGE_WITH_PEFT}")
 
 
 def read_module_names(folder: Path, config: Mapping, field: str) -> str | list[str]:
@@ -139,6 +137,24 @@ def match_numbers(folder: Path, config: Mapping, field: str, modules: Sequence[s
     return {module: numbers[i] for module, i in zip(modules, matches, strict=True) if i is not None}
 
 
+def find_other_base(config: Mapping, model: str) -> str | None:
+    """Return the name of the base model in an adapter's config; None if it is absent or names `model`.
+
+    Only the last parts of names and paths are compared, because folders are moved.
+    """
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or _get_model_name(base) == _get_model_name(model):
+        return None
+    return base
+
+
+def _get_model_name(model: str) -> str:
+    """Return the last part of a model's name or path; of a folder in the hub's cache, that of the repository."""
+    parts = model.rstrip("/").split("/")
+    repository = parts[-3] if len(parts) > 2 and parts[-2] == "snapshots" else parts[-1].partition("@")[0]
+    return repository.rpartition("--")[2].casefold()
+
+
 def parse_number(folder: Path, field: str, value: object) -> float:
     """Return a field's value if it is a finite number; raise a SnpatchError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
@@ -148,10 +164,8 @@ def parse_number(folder: Path, field: str, value: object) -> float:
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
     """Return an adapter's tensors by PEFT's names."""
-    for file in ADAPTER_WEIGHT_FILES:
-        if (folder / file).is_file():
-            tensors = read_state(folder / file)
-            if too_long := [name for name in tensors if len(name) > MAX_TENSOR_NAME]:
-                raise SnpatchError(f"{folder / file}: unknown tensor {shown(too_long[0])}")
-            return tensors
-    raise SnpatchError(f"{folder}: neither {' nor '.join(ADAPTER_WEIGHT_FILES)}")
+    file = find_adapter_weights(folder)
+    tensors = read_state(file)
+    if too_long := [name for name in tensors if len(name) > MAX_TENSOR_NAME]:
+        raise SnpatchError(f"{file}: unknown tensor {shown(too_long[0])}")
+    return tensors

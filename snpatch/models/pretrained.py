@@ -1,6 +1,6 @@
 """Loading of Hugging Face folders and hub models, with one-line errors for missing and damaged files."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ REMEDIES = {  # loader -> what to do if it cannot read a file
     "PeftModel": "Check its adapter_config.json and its tensors; if they are of a newer PEFT, pip install -U peft.",
     "AutoModel": "Check that its weights and its config.json are of one model, and complete.",
 }
+MERGE_REMEDY = "Merge its adapter with PEFT (merge_and_unload), and save it again."
 
 
 def load_pretrained(loader, model: str | Path, **arguments):
@@ -37,6 +38,60 @@ def load_pretrained(loader, model: str | Path, **arguments):
         if loader.__name__ == "AutoTokenizer":
             _check_tokenizer(loaded)
         return loaded
+
+
+def load_network(loader, model: str | Path, **arguments):
+    """Return `load_pretrained(loader, model, **arguments)` after checking that it has the checkpoint's weights.
+
+    Args:
+        loader: AutoModelForCausalLM or AutoModelForSequenceClassification.
+        model: Folder, hub name, or hub name@revision.
+        arguments: Further arguments of `from_pretrained`.
+
+    Raises:
+        SnpatchError: See `load_pretrained`; or the checkpoint lacks a weight, its head is not the tied embedding, or a
+            causal language model has no place for a tensor. Classifiers often come with a head of their pretraining.
+    """
+    network, report = load_pretrained(loader, model, output_loading_info=True, **arguments)
+    is_causal = loader.__name__ == "AutoModelForCausalLM"
+    unexpected = report["unexpected_keys"] if is_causal else ()
+    check_tensor_names(model, type(network).__name__, report["missing_keys"], unexpected)
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    if is_causal and network.config.tie_word_embeddings and head.weight is not embedding.weight:
+        raise build_untied_error(model)
+    return network
+
+
+def check_tensor_names(model: str | Path, network: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise a SnpatchError for weights that a checkpoint lacks, and for tensors that its model does not have.
+
+    Args:
+        model: The checkpoint, for errors.
+        network: Class of the model.
+        missing: Names of the weights that the checkpoint lacks.
+        unexpected: Names of the tensors that the model does not have.
+    """
+    if not missing and not unexpected:
+        return
+    parts = [f"none for {_list_names(missing)}"] if missing else []
+    parts += [f"{_list_names(unexpected)}, which it does not have"] if unexpected else []
+    is_unmerged = any(".base_layer." in name for name in unexpected)
+    remedy = MERGE_REMEDY if is_unmerged else REMEDIES["AutoModel"]
+    raise SnpatchError(f"{model}: expected the tensors of a {network}, got {' and '.join(parts)}. {remedy}")
+
+
+def build_untied_error(model: str | Path) -> SnpatchError:
+    """Return the error for a checkpoint with a head that is not the embedding that its config ties it to."""
+    return SnpatchError(
+        f"{model}: expected an lm_head.weight equal to the embedding (tie_word_embeddings = true), got another one. "
+        "Set tie_word_embeddings = false in its config.json, or remove lm_head.weight from its weights."
+    )
+
+
+def _list_names(names: Collection[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
 
 
 def _check_tokenizer(tokenizer) -> None:

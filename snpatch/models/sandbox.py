@@ -57,6 +57,19 @@ def render(template: str, chat: Sequence[Mapping], variables: Mapping, options: 
     return _sandbox.run({**request, "options": dict(options), **limits}, subject)
 
 
+def find_variables(template: str, subject: str) -> list[str]:
+    """Return the variables that a Jinja template reads and does not set itself.
+
+    Args:
+        template: Jinja source.
+        subject: The template, for errors.
+
+    Raises:
+        SnpatchError: The template is invalid, or reading it takes longer than RENDER_SECONDS.
+    """
+    return _sandbox.run({"task": "find_variables", "template": template, "seconds": RENDER_SECONDS}, subject)
+
+
 class _Sandbox:
     """The child process: started when it is needed, and again after it has ended."""
 

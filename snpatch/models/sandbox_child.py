@@ -64,7 +64,15 @@ def render(template: str, chat: list[dict], variables: dict, options: dict, max_
     return text
 
 
-TASKS = {"match": match, "render": render}
+def find_variables(template: str) -> list[str]:
+    """Return the variables that a template reads and does not set itself."""
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    return sorted(find_undeclared_variables(_compile_jinja_template(template).environment.parse(template)))
+
+
+TASKS = {"match": match, "render": render, "find_variables": find_variables}
 
 
 def _prepare(task) -> tuple[type[BaseException], ...]:

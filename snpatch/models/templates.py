@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.models import sandbox
 from snpatch.models.checkpoint_files import TOKENIZER_PATTERNS
 from snpatch.models.clock import fix_date
@@ -55,13 +56,19 @@ class ChatTemplate:
         tokenizer: Tokenizer that encodes the rendered chat.
         source: Jinja source; None: chosen by the name.
         variables: Further variables of the template, such as enable_thinking.
+        origin: Folder or model that the template comes from; None: the tokenizer's.
 
     Raises:
         SnpatchError: The tokenizer appends a token to every string, or has no chat template.
     """
 
     def __init__(
-        self, name: str, tokenizer, source: str | None = None, variables: Mapping[str, object] | None = None
+        self,
+        name: str,
+        tokenizer,
+        source: str | None = None,
+        variables: Mapping[str, object] | None = None,
+        origin: str | None = None,
     ) -> None:
         if appended := get_appended_token(tokenizer):
             raise SnpatchError(
@@ -70,14 +77,16 @@ class ChatTemplate:
                 "token from its post_processor."
             )
         self.name, self.tokenizer, self.variables = name, tokenizer, dict(variables or {})
+        self.origin = origin or tokenizer.name_or_path
         self.source = source or (TULU if name == "tulu" else get_template_source(tokenizer))
         parts = [self.source, fingerprint_tokenizer(tokenizer)]
         parts += [json.dumps(self.variables, sort_keys=True)] if self.variables else []
         self.fingerprint = hash_bytes(" ".join(parts).encode())
 
     def uses_variable(self, variable: str) -> bool:
-        """Return whether the template's source contains a variable of this name."""
-        return re.search(rf"\b{re.escape(variable)}\b", self.source) is not None
+        """Return whether the template reads a variable of this name that it does not set itself."""
+        subject = f"the chat template of {self.origin} cannot be read"
+        return variable in sandbox.find_variables(self.source, subject)
 
     def render(self, chat: Chat, continue_final_message: bool = False) -> str:
         """Return the chat as a string that ends with the generation prompt.
@@ -93,6 +102,7 @@ class ChatTemplate:
             continue_final_message=continue_final_message,
             source=self.source,
             variables=self.variables,
+            origin=self.origin,
         )
 
     def encode(self, chat: Chat) -> list[int]:
@@ -151,12 +161,22 @@ def get_appended_token(tokenizer) -> str | None:
 
 def get_template_source(tokenizer) -> str:
     """Return the source of a tokenizer's own (default) chat template, with its clock at a fixed date."""
-    if not tokenizer.chat_template:
+    if not _has_template(tokenizer):
         raise SnpatchError(f"{tokenizer.name_or_path}: its tokenizer has no chat template; use template='tulu'")
     try:
-        return fix_date(tokenizer.get_chat_template())
+        source = tokenizer.get_chat_template()
     except ValueError as error:
         raise SnpatchError(f"{tokenizer.name_or_path}: {error}") from error
+    if not isinstance(source, str):
+        raise SnpatchError(
+            f"{tokenizer.name_or_path}: chat_template: expected a text, or texts by name, got {shown(source)}. Correct "
+            "it in tokenizer_config.json."
+        )
+    return fix_date(source)
+
+
+def _has_template(tokenizer) -> bool:
+    return tokenizer.chat_template not in (None, "", [], {})
 
 
 def render_chat(
@@ -166,6 +186,7 @@ def render_chat(
     continue_final_message: bool = False,
     source: str | None = None,
     variables: Mapping[str, object] | None = None,
+    origin: str | None = None,
 ) -> str:
     """Return a chat as a template writes it; all templates but Tulu's are rendered in the sandbox.
 
@@ -176,12 +197,13 @@ def render_chat(
         continue_final_message: End with the last message, unfinished.
         source: Jinja source; None: the tokenizer's own template.
         variables: Further variables of the template.
+        origin: Folder or model that the template comes from, for errors; None: the tokenizer's.
     """
     source = source or get_template_source(tokenizer)
     options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
     if source == TULU:
         return tokenizer.apply_chat_template(chat, chat_template=TULU, tokenize=False, **options)
-    subject = f"the chat template of {tokenizer.name_or_path} refuses a chat"
+    subject = f"the chat template of {origin or tokenizer.name_or_path} refuses a chat"
     return sandbox.render(source, chat, {**tokenizer.special_tokens_map, **(variables or {})}, options, subject)
 
 
@@ -213,7 +235,7 @@ def load_template(
     tokenizer,
     adapters: Sequence[str | Path],
     own=None,
-    others: tuple[object, Sequence[str | Path]] | None = None,
+    others: tuple[Any, Sequence[str | Path]] | None = None,
     variables: Mapping[str, object] | None = None,
 ) -> ChatTemplate:
     """Return the template that a config names.
@@ -233,37 +255,50 @@ def load_template(
     own = own or tokenizer
     is_auto = name == "auto"
     sources = [_shared_template(adapters)] if is_auto else []
-    sources += [_source(own)]
+    sources += [(own.name_or_path, _source(own))]
     if others is not None:
-        sources += [_shared_template(others[1]) if is_auto else None, _source(others[0])]
-    source = next(filter(None, sources), None)
+        sources += [_shared_template(others[1])] if is_auto else []
+        sources += [(others[0].name_or_path, _source(others[0]))]
+    origin, source = next(((origin, source) for origin, source in sources if source), (own.name_or_path, None))
     if name == "tulu" or (is_auto and source in (None, TULU)):
         return ChatTemplate("tulu", tokenizer, TULU, variables)
     if source is None:
         source = get_template_source(own)
-    return ChatTemplate("tokenizer" if source == _source(own) else "adapter", tokenizer, source, variables)
+    return ChatTemplate("tokenizer" if source == _source(own) else "adapter", tokenizer, source, variables, origin)
 
 
 def has_tokenizer(adapter: str | Path) -> bool:
     """Return whether an adapter's folder contains a tokenizer."""
-    files = (path for pattern in TOKENIZER_PATTERNS for path in resolve_adapter_folder(adapter).glob(pattern))
-    return any(not path.name.startswith("chat_template") for path in files)
+    return bool(_find_tokenizer_files(adapter))
 
 
 def load_adapter_tokenizer(adapter: str | Path):
     """Load the tokenizer in an adapter's folder."""
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, resolve_adapter_folder(adapter))
+    try:
+        return load_pretrained(AutoTokenizer, resolve_adapter_folder(adapter))
+    except SnpatchError as error:
+        files = ", ".join(_find_tokenizer_files(adapter))
+        raise SnpatchError(
+            f"{adapter}: expected no tokenizer or a whole one beside an adapter, got {files}, which cannot be loaded "
+            f"({first_line(error.__cause__ or error)}). Remove them to use the model's own tokenizer."
+        ) from error
 
 
-def _shared_template(adapters: Sequence[str | Path]) -> str | None:
-    """Return the one template that adapters were trained with; None if no folder contains one."""
+def _find_tokenizer_files(adapter: str | Path) -> list[str]:
+    """Return the names of the tokenizer files in an adapter's folder, without chat templates."""
+    files = (path.name for pattern in TOKENIZER_PATTERNS for path in resolve_adapter_folder(adapter).glob(pattern))
+    return sorted({name for name in files if not name.startswith("chat_template")})
+
+
+def _shared_template(adapters: Sequence[str | Path]) -> tuple[str, str | None]:
+    """Return (folder, template) of the one template that adapters were trained with; None if no folder contains one."""
     sources = {adapter: source for adapter in adapters if (source := read_adapter_template(adapter)) is not None}
     if len({*sources.values()}) > 1:
         folders = ", ".join(map(str, sources))
         raise SnpatchError(f"adapters were trained with different templates ({folders}): choose one by template=")
-    return next(iter(sources.values()), None)
+    return next(((str(adapter), source) for adapter, source in sources.items()), ("", None))
 
 
 def read_adapter_template(adapter: str | Path) -> str | None:
@@ -278,4 +313,4 @@ def read_adapter_template(adapter: str | Path) -> str | None:
 
 
 def _source(tokenizer) -> str | None:
-    return get_template_source(tokenizer) if tokenizer.chat_template else None
+    return get_template_source(tokenizer) if _has_template(tokenizer) else None

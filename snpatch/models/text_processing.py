@@ -11,10 +11,15 @@ from typing import Any
 
 from snpatch.config import PRIMARY_WEIGHTS, EngineConfig
 from snpatch.errors import SnpatchError
-from snpatch.models.checkpoint import load_config, load_eos_ids, read_generation_eos_ids
+from snpatch.models.checkpoint import (
+    load_config,
+    load_eos_ids,
+    note_unapplied_settings,
+    read_generation_eos_ids,
+)
 from snpatch.models.checkpoint_files import GENERATION_CONFIG_FILE
 from snpatch.models.compatibility import check_compatible, check_tokenizers
-from snpatch.models.hub import resolve_adapter_folder
+from snpatch.models.hub import resolve_adapter_folder, resolve_model_folder
 from snpatch.models.notes import Notes
 from snpatch.models.pretrained import load_pretrained
 from snpatch.models.templates import (
@@ -24,7 +29,14 @@ from snpatch.models.templates import (
     has_tokenizer,
     load_adapter_tokenizer,
     load_template,
+    render_chat,
 )
+
+PROBE_CHAT = [  # contents that templates write as they are
+    {"role": "user", "content": "1117"},
+    {"role": "assistant", "content": "2227"},
+    {"role": "user", "content": "3337"},
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +78,9 @@ def load_text_processors(config: EngineConfig, notes: Notes) -> list[TextProcess
         eos_ids = load_eos_ids(name, model_config, own_tokenizer) | _load_adapter_eos_ids(adapters, tokenizer)
         processors.append(TextProcessor(tokenizer, template, eos_ids))
         _note_tokens_without_row(name, size, processors[-1], notes)
+        _note_unusual_template(processors[-1], notes)
+        for folder in (resolve_model_folder(name, has_weights=False), *map(resolve_adapter_folder, adapters)):
+            note_unapplied_settings(folder, notes)
         has_own_template = config.template == "auto" and own_tokenizer.chat_template
         if has_own_template and template.source != get_template_source(own_tokenizer):
             notes.add(
@@ -99,6 +114,30 @@ def _note_tokens_without_row(name: str, size: int, processor: TextProcessor, not
             f"ends {name}",
             f"{name}: EOS id {outside[0]} is outside the vocabulary of {size}, so it never ends a completion",
         )
+
+
+def _note_unusual_template(processor: TextProcessor, notes: Notes) -> None:
+    """Add notes about a chat template that writes other prompts than a model of chats expects."""
+    template = processor.template
+    if template.name == "tulu":
+        return
+    try:
+        prompt, text = template.render(PROBE_CHAT[:1]), template.render(PROBE_CHAT)
+        bare = render_chat(
+            PROBE_CHAT[:1], template.tokenizer, False, source=template.source, variables=template.variables
+        )
+        last_id = template.encode(PROBE_CHAT[:1])[-1:]
+    except SnpatchError:  # it refuses these chats, and may accept the user's
+        return
+    faults = []
+    if bare == prompt:
+        faults.append(f"ignores add_generation_prompt: prompts end with {prompt[-20:]!r}")
+    if {*last_id} & processor.eos_ids:
+        faults.append("ends prompts with EOS, so that they look finished to the model")
+    if lost := [message["role"] for message in PROBE_CHAT if message["content"] not in text]:
+        faults.append(f"drops messages of a chat of several turns (here one of the {lost[0]})")
+    for fault in faults:
+        notes.add(f"template {template.origin} {fault}", f"the chat template of {template.origin} {fault}")
 
 
 def _get_adapter_folders(config: EngineConfig, index: int) -> list[str]:

@@ -23,11 +23,14 @@ from transformers import (
 )
 
 from snpatch.errors import SnpatchError
+from snpatch.models.adapters import load_adapters
+from snpatch.models.checkpoint import read_generation_config
 from snpatch.models.clock import uses_clock
-from snpatch.models.hub import resolve_revision
+from snpatch.models.geometry import build_geometry
+from snpatch.models.hub import resolve_model_folder
 from snpatch.models.lora import merge_loras
 from snpatch.models.peft_files import read_adapter_config
-from snpatch.models.pretrained import load_pretrained, wrap_loader_errors
+from snpatch.models.pretrained import load_network, load_pretrained, wrap_loader_errors
 from snpatch.models.templates import TEMPLATE_FILE, TULU, ChatTemplate, read_adapter_template
 from snpatch.training.settings import DpoSettings, TrainSettings
 
@@ -82,7 +85,7 @@ def load_model(model: str | Path, settings: TrainSettings, on_gpu: bool) -> PreT
         dtype = "float32"
     elif dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    return load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, dtype))
+    return load_network(AutoModelForCausalLM, model, dtype=getattr(torch, dtype))
 
 
 def new_adapter_config(settings: TrainSettings) -> PeftConfig | None:
@@ -115,10 +118,17 @@ def prepare_dpo_model(
         raise SnpatchError(
             f"{sft}: expected a LoRA as SFT adapter with method = lora, got IA3. Use method = ia3, or a checkpoint"
         )
-    if kind == "lora" and settings.method == "ia3":
-        weights = dict(merge_loras(model.named_parameters(), [sft]))
-        model.load_state_dict(weights, strict=False)  # named_parameters yields tied weights once
-        return model, new_adapter_config(settings)
+    # The engines' loaders raise for what PEFT ignores: missing and unexpected tensors, and unknown fields.
+    if kind == "ia3":
+        geometry = build_geometry(model.config, "auto")
+        load_adapters(sft, geometry.n_layers, geometry.widths)
+    else:
+        weights = merge_loras(((name, weight.detach()) for name, weight in model.named_parameters()), [sft])
+        if settings.method == "ia3":
+            model.load_state_dict(dict(weights), strict=False)  # named_parameters yields tied weights once
+            return model, new_adapter_config(settings)
+        for _ in weights:  # merged one by one for the checks alone
+            pass
     with wrap_loader_errors(sft, "PeftModel"):
         with_sft = PeftModel.from_pretrained(model, str(sft), is_trainable=True)
     if not (kind == "ia3" and settings.as_published):
@@ -239,10 +249,8 @@ def _restore_configs(model: PreTrainedModel, source: str | Path) -> None:
     config = load_pretrained(AutoConfig, source)
     for name in ("use_cache", "pad_token_id"):
         setattr(model.config, name, getattr(config, name, None))
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(resolve_revision(source))
-    except OSError:  # the model has no generation config
-        model.generation_config = GenerationConfig.from_model_config(config)
+    generation_config = read_generation_config(resolve_model_folder(source))
+    model.generation_config = generation_config or GenerationConfig.from_model_config(config)
 
 
 def _describe_neuron(module: str, index: int) -> str:

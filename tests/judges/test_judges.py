@@ -101,7 +101,7 @@ def test_folder_without_score_model_is_rejected(tmp_path):
     with pytest.raises(SnpatchError, match="no such folder"):
         open_score_model(tmp_path / "nowhere")
     write(tmp_path / "causal", architecture="LlamaForCausalLM", **{"score_head.weight": None})
-    with pytest.raises(SnpatchError, match=r"no sequence classification or reward model.* lacks score\.weight"):
+    with pytest.raises(SnpatchError, match=r"a LlamaForSequenceClassification, got none for score\.weight"):
         open_score_model(tmp_path / "causal", label=0)
     write(tmp_path / "empty")
     (tmp_path / "empty" / "model.safetensors").unlink()

@@ -180,7 +180,7 @@ def test_unknown_adapter_field_is_rejected_unless_off(zoo, tmp_path, kind):
     load = load_lora if kind is LoraConfig else lambda path: load_adapters(path, tiny.LAYERS, WIDTHS)
     load(edit_config(adapter, use_future=False, future_config=None, future_pattern={}, future_list=[]))
     for value in (True, 0, 1.5, "on", {"a": 1}, [0]):
-        with pytest.raises(SnpatchError, match=r"use_future = .* is not supported: merge this adapter with PEFT"):
+        with pytest.raises(SnpatchError, match=r"use_future = .* is not supported\. Merge the adapter with PEFT"):
             load(edit_config(adapter, use_future=value))
 
 
@@ -237,3 +237,24 @@ def test_lora_on_tied_head_is_rejected(zoo, tmp_path):
     base_tensors = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
     with pytest.raises(SnpatchError, match=r"the model has no weight lm_head\.weight: it is tied to the embedding"):
         dict(merge_loras(base_tensors.items(), [adapter]))
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        A.replace("lora_A.weight", "lora_magnitude_vector"),
+        A.replace("lora_A.weight", "lora_B.bias"),
+        A.replace("lora_A", "lora_A.sft"),
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.norm.weight",
+    ],
+)
+def test_lora_with_other_tensors_is_rejected_with_the_way_out(zoo, tmp_path, name):
+    adapter = tiny.write_lora(zoo("llama").folder, tmp_path)
+    state = load_file(adapter / "adapter_model.safetensors")
+    save_file({**state, name: torch.ones(4)}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SnpatchError, match=r"is not a LoRA matrix of a linear layer\. Merge the adapter with PEFT"):
+        load_lora(adapter)

@@ -176,3 +176,17 @@ def test_load_adapters_error_names_folder_and_fault(tmp_path, valid_folder, chan
 def test_load_adapters_for_another_model_is_rejected(valid_folder, n_layers, widths, message):
     with pytest.raises(SnpatchError, match=re.escape(message)):
         load_adapters(valid_folder, n_layers, widths)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["transformer.", "", "model.vision_tower.", "model.language_model.", "language_model.model."]
+)
+def test_adapter_with_names_of_another_prefix_is_rejected(tmp_path, prefix):
+    """PEFT would load none of its tensors."""
+    folder = tmp_path / "sft"
+    save(folder, ["down_proj"])
+    state = load_file(folder / "adapter_model.safetensors")
+    renamed = {name.replace("model.model.model.", f"model.model.{prefix}"): tensor for name, tensor in state.items()}
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SnpatchError, match=r"expected tensors named base_model\.model\.model\.layers"):
+        load_adapters(folder, LAYERS, WIDTHS)

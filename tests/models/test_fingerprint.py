@@ -68,6 +68,7 @@ def test_file_is_hashed_again_only_if_its_time_changes(folder, reads):
 
 def test_fingerprint_covers_all_shards(folder):
     shutil.copy(folder / "model.safetensors", folder / "model-00002-of-00002.safetensors")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     first = fingerprint_checkpoint(folder)
     flip(folder / "model-00002-of-00002.safetensors")
     assert fingerprint_checkpoint(folder) != first

@@ -1,6 +1,7 @@
 """Published model pairs: their configs and tokenizers, and which pairs one engine accepts."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,14 @@ def test_public_pair_is_accepted_and_unused_keys_are_noted(tmp_path, name, turn)
     assert [f"does not compute with: {keys}" in note for note in notes] == ([True] if keys else [])
 
 
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+YARN = {**LLAMA32, "rope_scaling": YARN_ROPE}
+YARN_AT_TOP = {
+    **LLAMA32,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    "original_max_position_embeddings": 32768,
+}
+LLAMA32_AT_TOP = {**LLAMA32, "original_max_position_embeddings": 8192}
 CHANGES = {
     "rms_norm_eps": (QWEN25, {"rms_norm_eps": 1e-5}),
     "hidden_act": (QWEN25, {"hidden_act": "gelu"}),
@@ -231,6 +240,13 @@ CHANGES = {
     "sliding_window, gemma": (GEMMA3, {"sliding_window": 1024}),
     "layer_types": (GEMMA3, {"layer_types": ["sliding_attention"] * 17 + ["full_attention"]}),
     "layer_types, local base": (GEMMA3, {"rope_local_base_freq": 20000.0}),
+    "rope_parameters, yarn original": (YARN_AT_TOP, {"original_max_position_embeddings": 4096}),
+    "rope_parameters, yarn factor": (YARN, {"rope_scaling": {**YARN_ROPE, "factor": 8.0}}),
+    "rope_parameters, yarn attention": (YARN, {"rope_scaling": {**YARN_ROPE, "attention_factor": 1.0}}),
+    "rope_parameters, yarn beta": (YARN, {"rope_scaling": {**YARN_ROPE, "beta_fast": 16}}),
+    "rope_parameters, yarn truncate": (YARN, {"rope_scaling": {**YARN_ROPE, "truncate": False}}),
+    "rope_parameters, yarn mscale": (YARN, {"rope_scaling": {**YARN_ROPE, "mscale": 0.5, "mscale_all_dim": 1.0}}),
+    "rope_parameters, llama3 original": (LLAMA32_AT_TOP, {"original_max_position_embeddings": 4096}),
     "quantization_config": (LLAMA32, {"quantization_config": {"quant_method": "fp8"}}),
 }
 
@@ -252,6 +268,23 @@ UNUSED = {
     "a linear factor of 1": (LLAMA32, {"rope_scaling": None}, {"rope_scaling": {"type": "linear", "factor": 1.0}}),
     "a default written out": (LLAMA32, {"mlp_bias": False}, {"attention_dropout": 0.1}),
     "an absent head_dim": (LLAMA32, {"head_dim": None}, {"head_dim": 64}),
+    "defaults of YaRN": (
+        YARN,
+        {},
+        {"rope_scaling": {**YARN_ROPE, "beta_fast": 32, "beta_slow": 1.0, "truncate": True, "attention_factor": None}},
+    ),
+    "YaRN's own attention factor": (
+        YARN,
+        {},
+        {"rope_scaling": {**YARN_ROPE, "attention_factor": 0.1 * math.log(4.0) + 1.0}},
+    ),
+    "equal mscales of YaRN": (
+        YARN,
+        {"rope_scaling": {**YARN_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        {"rope_scaling": {**YARN_ROPE, "attention_factor": 1.0}},
+    ),
+    "YaRN's original context at the top": (YARN, {}, YARN_AT_TOP),
+    "an original context that no type reads": (MISTRAL, {"original_max_position_embeddings": 64}, {}),
     "a whole number as a float": (LLAMA32, {"rope_theta": 500000}, {"rope_theta": 500000.0}),
 }
 

@@ -142,6 +142,22 @@ def test_variables_change_rendering_and_fingerprint(tokenizer):
 
 
 @pytest.mark.parametrize(
+    ("source", "names", "others"),
+    [
+        (THINKS, ["enable_thinking"], ["messages2", "if", "bama", "content"]),
+        ("{# mode #}{{ 'mode' }}{{ messages[0].content }}", [], ["mode"]),
+        ("{% set mode = 1 %}{{ mode }}{% for m in messages %}{{ m.mode }}{% endfor %}", [], ["mode", "m"]),
+        ("{% if not day is defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}", ["day"], []),
+        ("{% for m in messages %}{% if m.a %}{% break %}{% endif %}{% endfor %}{{ tools }}", ["tools"], ["break"]),
+        ("{% generation %}{{ mode }}{% endgeneration %}", ["mode"], ["generation"]),
+    ],
+)
+def test_template_uses_the_variables_that_it_reads(tokenizer, source, names, others):
+    template = ChatTemplate("tokenizer", tokenizer, source)
+    assert [name for name in names + others if template.uses_variable(name)] == names
+
+
+@pytest.mark.parametrize(
     "source",
     [
         "{{ 'a' + none }}",

@@ -19,7 +19,7 @@ from snpatch.models.notes import Notes
 from snpatch.models.templates import TEMPLATE_FILE, TULU
 from snpatch.models.text_processing import load_text_processors
 
-OWN = "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}"
+OWN = "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}{% if add_generation_prompt %} {% endif %}"
 OTHER = "{{ messages[0].content }} bama"
 CHAT = [{"role": "user", "content": "bana"}]
 
@@ -70,10 +70,10 @@ def test_template_in_adapter_folder_is_used(model, with_adapter, kind, source, t
     assert any(
         f"chats are rendered by the template in {folder}, and not by {model}'s own" in n for n in models.notes.messages
     )
-    assert load_models(model, arguments, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana"
+    assert load_models(model, arguments, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana "
     assert load_models(model, arguments, template="tulu").templates[-1].name == "tulu"
     if kind == "lora":
-        assert models.templates[0].render(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
+        assert models.templates[0].render(CHAT) == "<|user|> bana ", "own weights read as they were trained"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -398,3 +398,107 @@ def test_cli_and_lm_eval_accept_template_variables(model, tmp_path, capsys):
     model_args = {"model": str(model), "backend": "transformers", "chat_template_kwargs": '{"enable_thinking": false}'}
     harness = SnpatchLM.create_from_arg_obj(model_args)
     assert harness.apply_chat_template(CHAT) == "bana"
+
+
+# ---- files that are wrong, and settings and templates that are unusual -------------------------------------------
+
+
+@pytest.mark.parametrize("value", [7, 0, True, {"default": 7}])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_chat_template_of_wrong_type_raises_one_line_error(model, with_adapter, kind, value):
+    arguments, folder = with_adapter(kind) if kind else ({}, model)
+    (model / TEMPLATE_FILE).unlink()
+    tiny.tokenizer().save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": value}))
+    with pytest.raises(
+        SnpatchError, match=f"{folder}: chat_template: expected a text, or texts by name, got "
+    ) as caught:
+        load_models(model, arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\x00", '{"eos_token_id": "2"}'])
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_damaged_generation_config_raises_one_line_error(model, with_adapter, kind, text):
+    arguments, folder = with_adapter(kind) if kind else ({}, model)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(SnpatchError, match=f"{folder}.*(generation_config.json cannot be read|eos_token_id)") as caught:
+        load_models(model, arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        ({"suppress_tokens": [6, 7]}, "suppress_tokens = [6, 7]"),
+        ({"begin_suppress_tokens": [8]}, "begin_suppress_tokens = [8]"),
+        ({"repetition_penalty": 1.3}, "repetition_penalty = 1.3"),
+        ({"forced_bos_token_id": 1}, "forced_bos_token_id = 1"),
+        ({"bad_words_ids": [[6]], "stop_strings": ["bala"]}, "bad_words_ids = [[6]], stop_strings = ['bala']"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size = 2"),
+        ({"some_new_setting": 3}, "some_new_setting = 3"),
+        ({"repetition_penalty": 1.0, "num_beams": 1, "temperature": 0.7, "do_sample": True}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_generation_settings_that_are_not_applied_are_noted_once(model, with_adapter, kind, settings, note):
+    arguments, folder = with_adapter(kind) if kind else ({}, model)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
+    messages = load_models(model, arguments).notes.messages
+    path = folder / "generation_config.json"
+    assert list(messages) == ([f"{path}: {note}: not applied"] if note else [])
+
+
+UNUSUAL = {
+    "ignores add_generation_prompt": "{% for m in messages %}<|user|> {{ m.content }}{% endfor %}",
+    "ends prompts with EOS": OWN + "{{ eos_token }}",
+    "drops messages of a chat": "{{ messages[0].content }}{% if add_generation_prompt %} {% endif %}",
+}
+
+
+@pytest.mark.parametrize("fault", UNUSUAL)
+def test_unusual_template_is_noted_once(model, fault):
+    (model / TEMPLATE_FILE).write_text(UNUSUAL[fault])
+    (note,) = load_models(model, {}).notes.messages
+    assert note.startswith(f"the chat template of {model} {fault}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_template_beside_adapter_names_its_folder(model, with_adapter, kind):
+    arguments, folder = with_adapter(kind)
+    (folder / TEMPLATE_FILE).write_text("{% for")
+    models = load_models(model, arguments)
+    with pytest.raises(SnpatchError, match=f"the chat template of {folder} refuses a chat"):
+        models.templates[-1].render(CHAT)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "tokenizer.model"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_part_of_a_tokenizer_beside_adapter_names_the_file_and_the_remedy(model, with_adapter, kind, name):
+    arguments, folder = with_adapter(kind)
+    (folder / name).write_text("{}")
+    with pytest.raises(SnpatchError, match=f"{folder}: .* got {name}, which cannot be loaded .* Remove them") as caught:
+        load_models(model, arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("base", "is_noted"),
+    [
+        ("google/gemma-2b", True),
+        ("/elsewhere/MODEL", False),
+        ("/cache/models--a--model/snapshots/1234", False),
+        (None, False),
+    ],
+)
+def test_adapter_of_another_base_model_is_noted(model, with_adapter, kind, base, is_noted):
+    arguments, folder = with_adapter(kind)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": base}))
+    with Engine(model, backend="transformers", **arguments) as engine:
+        expected = [f"{folder} was trained on {base}, as its config says, and runs on {model}"]
+        assert list(engine.notes) == (expected if is_noted else [])

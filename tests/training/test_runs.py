@@ -489,7 +489,7 @@ def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
     [
         (["dpo", "DATA", "--objective", "safety"], "--objective: expected no DATA with --objective, got both"),
         (["dpo", "--objective", "kindness"], "objective: expected one of safety, helpful, shp, reasoning, stack-"),
-        (["dpo", "DATA", "--sft", "nowhere"], "cannot load nowhere: it holds no weights"),
+        (["dpo", "DATA", "--sft", "nowhere"], "nowhere: neither adapter_model.safetensors nor adapter_model.bin"),
         (["dpo", "nowhere.jsonl"], "nowhere.jsonl: expected a file or a dataset"),
         (["sft", "DATA"], "DATA.jsonl has no responses to train on"),
         (["sft", "DATA", "--filter", "kind"], "--filter: expected column=value,value, got 'kind'"),

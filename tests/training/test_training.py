@@ -11,7 +11,7 @@ import pytest
 import torch
 import toys
 from datasets import Dataset
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from toys import (
@@ -576,7 +576,7 @@ def test_tokenizer_that_appends_eos_is_rejected(toy, tmp_path):
             "expected no SFT adapter with method = full, which trains checkpoints. Pass the SFT",
         ),
         ("lora", {"method": "full"}, "expected no SFT adapter with method = full"),
-        ("full", {}, "adapter_config.json: No such file"),
+        ("full", {}, "neither adapter_model.safetensors nor adapter_model.bin"),
     ],
 )
 def test_dpo_rejects_method_that_cannot_continue_sft(toy, tmp_path, sft, options, message):
@@ -604,7 +604,7 @@ def test_nan_loss_stops_training_at_its_step(toy, tmp_path):
     with pytest.raises(SnpatchError, match=r"expected a finite loss, got nan at step 2\. Lower the learning rate"):
         train_sft(toy.base, MESSAGES, tmp_path / "sft", settings(learning_rate=1e38))
     sft = copy_with_scale(toy.sft(), tmp_path / "broken", 0, 5, math.inf)
-    with pytest.raises(SnpatchError, match="expected a finite loss, got nan at step 1"):
+    with pytest.raises(SnpatchError, match="holds NaN or infinity"):
         train_dpo(toy.base, sft, PAIRS, tmp_path / "dpo", toys.dpo_settings())
     for out in ("sft", "dpo"):
         assert not (tmp_path / out / "adapter_model.safetensors").exists()
@@ -748,3 +748,44 @@ def test_pair_whose_prompt_is_not_prefix_of_answers_is_dropped():
     pairs, stats = filter_pairs(Dataset.from_dict(rows), 3, DpoSettings(max_dropped=0.4), context=99)
     assert pairs["prompt_ids"] == rows["prompt_ids"][:2]
     assert dict(stats.dropped) == {"the template does not render the prompt as the beginning of its answers": 1}
+
+
+IA3_OF_DOWN_PROJ = {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
+DOWN_PROJ_KEY = "base_model.model.model.layers.0.mlp.down_proj.ia3_l"
+
+
+def keep(tensors):
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "fields", "message"),
+    [
+        (IA3Config(**IA3_OF_DOWN_PROJ), lambda t: {k: v for k, v in t.items() if k != DOWN_PROJ_KEY}, {}, "no tensor"),
+        (
+            IA3Config(**IA3_OF_DOWN_PROJ),
+            lambda t: {k.replace("model.model.model", "model.model.transformer"): v for k, v in t.items()},
+            {},
+            "transformer",
+        ),
+        (IA3Config(**IA3_OF_DOWN_PROJ), keep, {"scaling_alpha": 3}, "scaling_alpha = 3 is not supported"),
+        (IA3Config(**IA3_OF_DOWN_PROJ, modules_to_save=["lm_head"]), keep, {}, "modules_to_save"),
+        (IA3Config(target_modules=["q_proj"], feedforward_modules=[]), keep, {}, "IA3 on q_proj is not supported"),
+        (LoraConfig(), lambda t: {k: v for k, v in t.items() if "layers.0." not in k}, {}, "no matrices for"),
+        (LoraConfig(init_lora_weights="pissa"), keep, {}, "init_lora_weights = 'pissa' is not supported"),
+        (LoraConfig(modules_to_save=["lm_head"]), keep, {}, "modules_to_save"),
+    ],
+)
+def test_dpo_on_an_sft_adapter_that_engines_refuse_is_an_error(toy, tmp_path, config, change, fields, message):
+    config.task_type = "CAUSAL_LM"
+    if config.target_modules is None:
+        config.target_modules = {"q_proj", "down_proj"}
+    get_peft_model(load_model(toy.base), config).save_pretrained(tmp_path / "sft")
+    tensors = load_file(tmp_path / "sft" / "adapter_model.safetensors")
+    save_file(change(tensors), tmp_path / "sft" / "adapter_model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "sft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    method = "ia3" if isinstance(config, IA3Config) else "lora"
+    with pytest.raises(SnpatchError, match=message) as caught:
+        train_dpo(toy.base, tmp_path / "sft", PAIRS, tmp_path / "out", toys.dpo_settings(method, epochs=1))
+    assert "\n" not in str(caught.value)

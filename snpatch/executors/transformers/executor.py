@@ -22,7 +22,7 @@ from snpatch.models.compatibility import module_kinds, total_bytes
 from snpatch.models.geometry import Geometry, build_geometry
 from snpatch.models.lora import merge_loras
 from snpatch.models.model import Model
-from snpatch.models.pretrained import load_pretrained
+from snpatch.models.pretrained import load_network, load_pretrained
 from snpatch.models.text_processing import TextProcessor
 
 DEFAULT_BATCH_SIZE = 32  # sequences
@@ -133,7 +133,7 @@ def load_model(model: str, source: ModelSource, dtype: str, device: torch.device
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     load_dtype = "float32" if source.lora else dtype
     # transformers declares no class for what an Auto class loads.
-    network = cast(Any, load_pretrained(AutoModelForCausalLM, name, dtype=load_dtype, attn_implementation=attention))
+    network = cast(Any, load_network(AutoModelForCausalLM, name, dtype=load_dtype, attn_implementation=attention))
     network = network.to(device).eval().requires_grad_(False)
     if source.lora:
         parameters = dict(network.named_parameters())

@@ -14,11 +14,12 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.engine_settings import DualStreamSettings, dual_stream_capture_sizes
 from snpatch.executors.vllm.worker import plugin
-from snpatch.models.checkpoint import TESTED_ARCHITECTURES, check_has_weights, load_config
+from snpatch.models.checkpoint import TESTED_ARCHITECTURES, load_config
 from snpatch.models.geometry import Geometry, build_geometry, resolve_dtype
 from snpatch.models.hub import resolve_revision
 from snpatch.models.model import Model
 from snpatch.models.text_processing import TextProcessor
+from snpatch.models.weights import check_weights
 
 PLUGINS_VARIABLE = "VLLM_PLUGINS"  # names of the only plugins that vLLM loads
 BIND_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
@@ -39,7 +40,7 @@ class DualStreamLaunch:
                 raise SnpatchError("backend vllm: batch_size: expected no max_num_seqs with it, got both. Pass one.")
             arguments["max_num_seqs"] = config.batch_size
         if arguments.get("load_format") != "dummy":
-            check_has_weights(model)
+            check_weights(model, model_config)
         self.geometry = build_geometry(model_config, config.dtype, arguments.get("max_model_len"))
         if config.secondary is not None:
             self.geometry = self._common_geometry(config, config.secondary, arguments)
@@ -62,7 +63,7 @@ class DualStreamLaunch:
         secondary = source.checkpoint or config.model
         secondary_config = load_config(secondary, config.allow_untested)
         if arguments.get("load_format") != "dummy":
-            check_has_weights(secondary)
+            check_weights(secondary, secondary_config)
         context = None if "max_model_len" in arguments else secondary_config.max_position_embeddings
         return self.geometry.limit(secondary_config.vocab_size, context)
 
