@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,14 @@ WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers")
 ROPE_PARAMETER_KEYS = ("rope_parameters", "original_max_position_embeddings")
 # rope_type -> keys that it uses in addition to its base, and their defaults; of other types all keys count.
 # Source: transformers.modeling_rope_utils.
-ROPE_TYPE_KEYS: dict[str, dict[str, object]] = {
+ROPE_TYPE_KEYS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": None},
-    "llama3": dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    "llama3": {"factor": None, "low_freq_factor": None, "high_freq_factor": None,
+               "original_max_position_embeddings": None},
     "yarn": {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32, "beta_slow": 1,
              "truncate": True},
-    "longrope": dict.fromkeys(("short_factor", "long_factor", "original_max_position_embeddings")),
+    "longrope": {"short_factor": None, "long_factor": None, "original_max_position_embeddings": None},
     "proportional": {"factor": 1.0},
 }  # fmt: skip
 SCALED_ATTENTION_TYPES = ("yarn", "longrope")  # they scale attention by a factor that other keys determine

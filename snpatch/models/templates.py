@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.models import sandbox
@@ -200,7 +201,7 @@ def load_template(
     tokenizer,
     adapters: Sequence[str | Path],
     own=None,
-    others: tuple[object, Sequence[str | Path]] | None = None,
+    others: tuple[Any, Sequence[str | Path]] | None = None,
     variables: Mapping[str, object] | None = None,
 ) -> ChatTemplate:
     """Return the template that a config names.

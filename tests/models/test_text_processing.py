@@ -73,7 +73,9 @@ def test_template_in_adapter_folder_is_used(model, with_adapter, kind, source, t
     assert load_models(model, arguments, template="tokenizer").templates[-1].render(CHAT) == "<|user|> bana "
     assert load_models(model, arguments, template="tulu").templates[-1].name == "tulu"
     if kind == "lora":
-        assert models.templates[0].render(CHAT) == "<|user|> bana", "the engine's own weights read as they were trained"
+        assert models.templates[0].render(CHAT) == "<|user|> bana ", (
+            "the engine's own weights read as they were trained"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
