@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from snpatch.errors import SnpatchError, one_line
+from snpatch.utils.schema import check_argument
 
 logger = logging.getLogger(__name__)
 Chat = list[dict[str, str]]
@@ -83,7 +84,7 @@ class Dataset:
 
     def first(self, n: int) -> "Dataset":
         """Return the first n examples, or all if there are fewer."""
-        if n < 1:
+        if check_argument(n, int, "first: n") < 1:
             raise SnpatchError(f"{self.name}: cannot take the first {n} examples")
         return self._select(self.examples[:n], f"first {n}")
 
@@ -96,6 +97,7 @@ class Dataset:
         Raises:
             SnpatchError: There are fewer than n examples, or the seed is out of range.
         """
+        n, seed = check_argument(n, int, "sample: n"), check_argument(seed, int, "sample: seed")
         if not 0 < n <= len(self):
             raise SnpatchError(f"{self.name}: cannot draw {n} examples, it has {len(self)}")
         if not 0 <= seed < 2**32:

@@ -21,6 +21,7 @@ from snpatch.models.templates import Chat, ChatTemplate
 from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
+from snpatch.utils import schema
 
 Prompt = str | Chat | Sequence[int] | Mapping  # a Mapping is a row of a file
 PLAIN_TEXT = (
@@ -254,6 +255,8 @@ class Requests:
         self, ids: Sequence[Sequence[int]], model: str, ranking: Ranking, k: int, position: str | int
     ) -> list[Request]:
         """Return a request per prompt that captures activations. position: "last_prompt_token" or an index."""
+        schema.check_argument(ranking, Ranking, "ranking")
+        k = schema.check_argument(k, int, "k")
         if not 1 <= k <= len(ranking):
             raise SnpatchError(f"k must lie in 1..{len(ranking)}, the ranked neurons; got {k}")
         self._check_shape(ranking)

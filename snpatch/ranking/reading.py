@@ -90,8 +90,11 @@ def to_tensor(value: object, name: str) -> Tensor:
     try:
         if isinstance(value, np.ma.MaskedArray):
             raise ValueError("got a masked array. Fill it: array.filled(value)")
-        if isinstance(value, Tensor) or (array := np.asarray(value)).dtype.kind not in "iuf" or _has_flags(value):
-            raise ValueError(f"got {value.dtype if isinstance(value, Tensor) else array.dtype}")
+        if isinstance(value, Tensor):
+            raise ValueError(f"got {value.dtype}")
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf" or _has_flags(value):
+            raise ValueError(f"got {array.dtype}")
         if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
             raise ValueError(f"got {array.max()}, which int64 cannot hold")
         return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float64"))

@@ -4,6 +4,7 @@ import operator
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
+from snpatch.utils import schema
 
 CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_control
 
@@ -16,6 +17,7 @@ class Window:
     hi: int
 
     def __post_init__(self) -> None:
+        schema.validate(self, "window: ")
         if not 0 <= self.lo <= self.hi:
             raise SnpatchError(f"window: expected 0 <= lo <= hi, got [{self.lo}, {self.hi})")
 
@@ -27,8 +29,7 @@ class Window:
         """Return the window of a Window, of k (the top k), or of (lo, hi)."""
         if isinstance(window, Window):
             return window
-        try:
-            lo, hi = window if isinstance(window, tuple | list) else (0, window)
-            return cls(operator.index(lo), operator.index(hi))
-        except (TypeError, ValueError):
-            raise SnpatchError(f"window: expected k, (lo, hi) or a Window, got {window!r}") from None
+        pair = window if isinstance(window, tuple | list) else (0, window)
+        if len(pair) != 2 or any(isinstance(end, bool) or not hasattr(end, "__index__") for end in pair):
+            raise SnpatchError(f"window: expected k, (lo, hi) or a Window, got {window!r}")
+        return cls(*map(operator.index, pair))
