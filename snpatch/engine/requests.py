@@ -380,7 +380,7 @@ def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
 
 
 def _has_columns(values: object) -> bool:
-    """Return whether an object is a table: a data frame, a table of pyarrow or datasets, or a structured array."""
+    """Return whether an object is a data frame, a table of pyarrow or datasets, or a structured array."""
     is_named = any(hasattr(values, name) for name in ("columns", "column_names"))
     return is_named or bool(getattr(getattr(values, "dtype", None), "names", None))
 

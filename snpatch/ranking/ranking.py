@@ -350,7 +350,8 @@ class Ranking:
         rank, scores, moments = tensors.pop("rank"), tensors.pop("scores", None), tensors
         if statistics is not None and not moments:
             moments = statistics.moments()
-        return cls(rank, scores, moments, meta, statistics)
+        with error_source(path):
+            return cls(rank, scores, moments, meta, statistics)
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
@@ -377,13 +378,14 @@ class Ranking:
         padded = [torch.nn.functional.pad(one, (0, 0, 0, missing)) for one in (scores, *moments)]
         names = ("donor_mean", "donor_std", "recipient_mean", "recipient_std")
         rows, columns = padded[0].shape
-        return cls.from_order(
-            order,
-            (rows, columns),
-            scores=padded[0],
-            moments=dict(zip(names, padded[1:], strict=True)),
-            meta={"imported": Path(path).name, "positions": "completion"},
-        )
+        with error_source(path):
+            return cls.from_order(
+                order,
+                (rows, columns),
+                scores=padded[0],
+                moments=dict(zip(names, padded[1:], strict=True)),
+                meta={"imported": Path(path).name, "positions": "completion"},
+            )
 
     @cached_property
     def _order(self) -> Tensor:

@@ -37,7 +37,7 @@ def option(default, help: str, **metadata) -> Any:
 
 
 def validate(config: "DataclassInstance", name: str = "") -> None:
-    """Raise SnpatchError for the first field of a dataclass with another type, or outside the limits of its metadata.
+    """Raise SnpatchError for the first field of another type, or outside the limits of its metadata.
 
     The types are those of `check_argument`. The limits are `min` and `max` (inclusive), `above` and `below`
     (exclusive), and `choices`; they do not hold for None.
@@ -70,7 +70,11 @@ def check_argument(value: object, hint: Any, name: str) -> Any:
 
 
 def check_ints(values: object, name: str) -> list[int]:
-    """Return whole numbers of a list, range or array. Raise SnpatchError for anything else, one number included."""
+    """Return whole numbers of a list, range or array.
+
+    Raises:
+        SnpatchError: It is anything else, one number included.
+    """
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
         raise SnpatchError(f"{name}: expected a list of whole numbers, got {shown(values)}")
     return [check_argument(value, int, name) for value in values]
