@@ -138,7 +138,7 @@ class EngineConfig:
             if not isinstance(getattr(self, kind), Mapping):
                 raise SnpatchError(f"{kind}: expected name -> folders, got {shown(getattr(self, kind))}")
             check_names(getattr(self, kind), "a model")
-        object.__setattr__(self, "adapters", {name: _folders(folders) for name, folders in self.adapters.items()})
+        object.__setattr__(self, "adapters", _parse_folders(self.adapters))
         sources = {name: self._parse_source(name, source) for name, source in self.models.items()}
         object.__setattr__(self, "models", sources)
         others = dict.fromkeys(source.weights_source for source in sources.values())
@@ -383,5 +383,8 @@ def _paths_as_texts(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _folders(folders: Folders) -> tuple[str, ...]:
-    return (str(folders),) if isinstance(folders, str | Path) else tuple(map(str, folders))
+def _parse_folders(adapters: Mapping[str, Folders]) -> dict[str, tuple[str, ...]]:
+    return {
+        name: schema.coerce(_paths_as_texts(folders), tuple[str, ...], f"adapters: {name}")
+        for name, folders in adapters.items()
+    }

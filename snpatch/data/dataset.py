@@ -15,6 +15,7 @@ import numpy as np
 
 from snpatch.data.source_row import list_columns
 from snpatch.errors import SnpatchError, one_line
+from snpatch.utils.schema import check_argument
 
 logger = logging.getLogger(__name__)
 Chat = list[dict[str, str]]
@@ -93,7 +94,7 @@ class Dataset:
         Raises:
             SnpatchError: n is less than 1.
         """
-        if n < 1:
+        if check_argument(n, int, "first: n") < 1:
             raise SnpatchError(f"{self.name}: first: expected at least 1 example, got {n}")
         return self._select(self.examples[:n], f"first {n}")
 
@@ -106,6 +107,7 @@ class Dataset:
         Raises:
             SnpatchError: There are fewer than n examples, or the seed is out of range.
         """
+        n, seed = check_argument(n, int, "sample: n"), check_argument(seed, int, "sample: seed")
         if not 0 < n <= len(self):
             raise SnpatchError(f"{self.name}: sample: expected 1..{len(self)} examples, got {n}")
         if not 0 <= seed < 2**32:

@@ -12,6 +12,7 @@ from snpatch.data.generic import NOTES, find_unused_columns, generic_format, lin
 from snpatch.data.source_row import SourceRow, find_column_error
 from snpatch.errors import SnpatchError
 from snpatch.utils.optional import require
+from snpatch.utils.schema import check_argument
 
 SAVED_FILES = ("state.json", "dataset_dict.json")  # in a folder written by `save_to_disk` of the `datasets` library
 
@@ -45,6 +46,9 @@ def load_dataset(
     Raises:
         SnpatchError: A row is invalid (with file and line), a file is damaged, a column is missing, or no row is valid.
     """
+    check_argument(source, str | Path, "source")
+    for name, value in {"format": format, "split": split, "column": column, "revision": revision}.items():
+        check_argument(value, str | None, name)
     if isinstance(source, str) and source in DATASETS:
         if format or column:
             raise SnpatchError(

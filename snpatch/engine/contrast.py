@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from snpatch import __version__
+from snpatch.config import check_choice
 from snpatch.engine.requests import Prompt
 from snpatch.errors import ReceiptError, SnpatchError, shown
 from snpatch.executors.base import Observation, Progress
@@ -20,6 +21,7 @@ from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.ranking import Ranking, check_excluded
 from snpatch.sampling import Sampling
+from snpatch.utils import schema
 from snpatch.utils.hashing import hash_json
 
 EXCLUDED_LAYERS = (-1,)  # the last layer's difference is the answer itself
@@ -41,6 +43,8 @@ def contrast(
     progress: Progress | Literal[False],
 ) -> Ranking:
     """Rank neurons; see Engine.contrast, which has the defaults."""
+    schema.check_argument(recipient, str, "recipient")
+    schema.check_argument(donor, str | None, "donor")
     _check_arguments(positions, method, sampling, generate_with, donor)
     check_excluded(exclude_layers, engine.geometry.n_layers)
     pair = recipient, donor
@@ -83,12 +87,9 @@ def contrast(
 
 
 def _check_arguments(positions: str, method: str, sampling: Sampling, generate_with: str, donor: str | None) -> None:
-    if positions not in CONTRAST_POSITIONS:
-        raise SnpatchError(f"positions: expected one of {', '.join(CONTRAST_POSITIONS)}, got {positions!r}")
-    if method not in METHODS:
-        raise SnpatchError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
-    if generate_with not in ROLES:
-        raise SnpatchError(f"generate_with: expected one of {', '.join(ROLES)}, got {generate_with!r}")
+    check_choice("positions", positions, CONTRAST_POSITIONS)
+    check_choice("method", method, tuple(METHODS))
+    check_choice("generate_with", generate_with, ROLES)
     if generate_with == "donor" and donor is None:
         raise SnpatchError("generate_with: expected recipient without a donor, got donor. Name a donor.")
     if not isinstance(sampling, Sampling):

@@ -21,6 +21,7 @@ from snpatch.models.templates import Chat, ChatTemplate
 from snpatch.patching.patch import Constant, Intervention, Noise, Overwrite, Patch, Scale
 from snpatch.ranking.ranking import Ranking
 from snpatch.sampling import Sampling
+from snpatch.utils import schema
 
 Prompt = str | Chat | Sequence[int] | Mapping  # a Mapping is a row of a file
 PLAIN_TEXT = (
@@ -257,6 +258,8 @@ class Requests:
         self, ids: Sequence[Sequence[int]], model: str, ranking: Ranking, k: int, position: str | int
     ) -> list[Request]:
         """Return a request per prompt that captures activations. position: "last_prompt_token" or an index."""
+        schema.check_argument(ranking, Ranking, "ranking")
+        k = schema.check_argument(k, int, "k")
         if not 1 <= k <= len(ranking):
             raise SnpatchError(f"k: expected 1..{len(ranking)} (number of ranked neurons), got {k}")
         self._check_shape(ranking)
@@ -383,7 +386,7 @@ def broadcast(value, n: int, name: str, kinds: tuple[type, ...]) -> list:
 
 
 def _has_columns(values: object) -> bool:
-    """Return whether an object is a table: a data frame, a table of pyarrow or datasets, or a structured array."""
+    """Return whether an object is a data frame, a table of pyarrow or datasets, or a structured array."""
     is_named = any(hasattr(values, name) for name in ("columns", "column_names"))
     return is_named or bool(getattr(getattr(values, "dtype", None), "names", None))
 

@@ -45,8 +45,8 @@ class Constant:
     mode: str = field(default="replace", metadata={"choices": MODES})
 
     def __post_init__(self) -> None:
-        _check_values(self.values, "constant")
         schema.validate(self, "constant: ")
+        _check_values(self.values, "constant")
 
     @classmethod
     def zero(cls, ranking: Ranking) -> "Constant":
@@ -119,6 +119,7 @@ class Noise:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        schema.validate(self, "noise: ")
         _check_values(self.deviation, "noise")
         if (self.deviation < 0).any():
             raise SnpatchError(f"noise: deviation: expected at least 0, got {self.deviation.min().item():.6g}")
@@ -205,7 +206,7 @@ class Intervention:
                 f"window [{self.window.lo}, {self.window.hi}) reaches past the ranking's {len(self.ranking)} neurons",
                 field="window",
             )
-        is_index = isinstance(self.positions, int) and abs(self.positions) < NO_END
+        is_index = type(self.positions) is int and abs(self.positions) < NO_END
         if not is_index and self.positions not in POSITIONS:
             message = f"positions: expected one of {', '.join(POSITIONS)} or an index, got {self.positions!r}"
             raise SnpatchError(message, field="positions")

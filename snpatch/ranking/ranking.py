@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from snpatch.config import check_choice
 from snpatch.data.file_reader import get_suffix
 from snpatch.errors import SnpatchError, error_source
 from snpatch.op.plan import UNRANKED
@@ -21,6 +22,7 @@ from snpatch.ranking.contrast_statistics import Statistics
 from snpatch.ranking.methods import METHODS
 from snpatch.ranking.reading import NUMPY, TABLES, TORCH, Neurons, Shape, Size, read_neurons, to_tensor
 from snpatch.ranking.window import Window
+from snpatch.utils import schema
 from snpatch.utils.files import is_safetensors, read_checkpoint, read_tensors, write_tensors
 from snpatch.utils.hashing import hash_tensor
 from snpatch.utils.optional import require
@@ -93,8 +95,7 @@ class Ranking:
         Raises:
             SnpatchError: Unknown method, or no ranked neuron differs between the two models.
         """
-        if method not in METHODS:
-            raise SnpatchError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+        check_choice("method", method, tuple(METHODS))
         check_excluded(exclude_layers, statistics.shape[0])
         scores, meta = METHODS[method](statistics), {**(meta or {}), "method": method}
         ranking = cls.from_scores(scores, exclude_layers, statistics.moments(), meta)
@@ -154,6 +155,7 @@ class Ranking:
         Raises:
             SnpatchError: A neuron is outside the model or listed twice.
         """
+        shape = schema.check_argument(shape, Size, "ranking: shape")
         order = to_tensor(order, "ranking: order")
         if order.numel():
             check_type(order, "ranking: order", torch.int64, torch.int32, torch.int16)
@@ -304,7 +306,7 @@ class Ranking:
         Raises:
             SnpatchError: k is less than 1.
         """
-        if k < 1:
+        if schema.check_argument(k, int, "top_per_layer: k") < 1:
             raise SnpatchError(f"top_per_layer: k: expected at least 1, got {k}")
         layer = self._order // self.shape[1]
         rank_in_layer = torch.zeros_like(layer)
@@ -341,6 +343,7 @@ class Ranking:
             SnpatchError: Unknown kind, or the window is longer than the ranking.
             NotEnoughNeuronsError: There are fewer neurons to draw from.
         """
+        seed = schema.check_argument(seed, int, "random_control: seed")
         neurons = self._first((window := Window.of(window)).hi)[window.lo :]
         chosen = controls.draw(neurons, self.shape, seed=seed, kind=kind, disjoint=disjoint, fill_up=fill_up)
         overlap = int(torch.isin(chosen, neurons).sum()) / len(neurons) if len(neurons) else 0.0
@@ -360,7 +363,7 @@ class Ranking:
         Raises:
             SnpatchError: k is out of range, or the shapes differ.
         """
-        if k < 1:
+        if schema.check_argument(k, int, "overlap: k") < 1:
             raise SnpatchError(f"overlap: k: expected at least 1, got {k}")
         return torch.isin(self._first(k), self._same_shape(other)._first(k)).float().mean().item()
 
@@ -412,24 +415,25 @@ class Ranking:
         Raises:
             SnpatchError: The file has no order or more than one, a column that is not used, or another model's shape.
         """
-        path, kind = Path(path), get_suffix(Path(path))
-        shape = shape() if callable(shape) else shape
+        path = Path(schema.check_argument(path, str | Path, "ranking: path"))
+        size: Size | None = schema.check_argument(shape() if callable(shape) else shape, Size | None, f"{path}: shape")
+        kind = get_suffix(path)
         if kind not in (*TORCH, *NUMPY, *TABLES) and (kind == ".safetensors" or is_safetensors(path)):
             ranking = cls._load_own(path)
         else:
             found = read_neurons(path)
             if isinstance(found, tuple):
-                ranking = cls.from_published(path, shape and shape[0])
+                ranking = cls.from_published(path, size and size[0])
             else:
                 with error_source(path):
-                    ranking = cls._of_neurons(found, shape, {"imported": path.name})
-        if shape is not None and ranking.shape != tuple(shape):
-            raise SnpatchError(f"{path}: expected a ranking of {list(shape)}, the model, got {list(ranking.shape)}")
+                    ranking = cls._of_neurons(found, size, {"imported": path.name})
+        if size is not None and ranking.shape != size:
+            raise SnpatchError(f"{path}: expected a ranking of {list(size)}, the model, got {list(ranking.shape)}")
         return ranking
 
     @classmethod
     def _of_neurons(cls, found: Neurons, shape: Size | None, meta: dict) -> "Ranking":
-        if shape is not None and found.shape not in (None, tuple(shape)):
+        if shape is not None and found.shape not in (None, shape):
             raise SnpatchError(f"shape: expected {list(shape)}, the model's, got {list(found.shape)}")
         shape = shape or found.shape or found.size
         if shape is None:
@@ -455,7 +459,8 @@ class Ranking:
         rank, scores, moments = tensors.pop("rank"), tensors.pop("scores", None), tensors
         if statistics is not None and not moments:
             moments = statistics.moments()
-        return cls(rank, scores, moments, meta, statistics)
+        with error_source(path):
+            return cls(rank, scores, moments, meta, statistics)
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
@@ -488,13 +493,14 @@ class Ranking:
         padded = [torch.nn.functional.pad(tensor, (0, 0, 0, missing)) for tensor in (scores, *moments)]
         names = ("donor_mean", "donor_std", "recipient_mean", "recipient_std")
         rows, columns = padded[0].shape
-        return cls.from_order(
-            order,
-            (rows, columns),
-            scores=padded[0],
-            moments=dict(zip(names, padded[1:], strict=True)),
-            meta={"imported": Path(path).name, "positions": "completion"},
-        )
+        with error_source(path):
+            return cls.from_order(
+                order,
+                (rows, columns),
+                scores=padded[0],
+                moments=dict(zip(names, padded[1:], strict=True)),
+                meta={"imported": Path(path).name, "positions": "completion"},
+            )
 
     @cached_property
     def _order(self) -> Tensor:
@@ -503,7 +509,7 @@ class Ranking:
         return order[: int((self.rank != UNRANKED).sum())]
 
     def _first(self, k: int) -> Tensor:
-        if not 0 <= k <= len(self):
+        if not 0 <= schema.check_argument(k, int, "k") <= len(self):
             raise SnpatchError(f"k: expected 0..{len(self)} (number of ranked neurons), got {k}")
         return self._order[:k]
 
@@ -529,6 +535,7 @@ def check_excluded(layers: Sequence[int], n_layers: int) -> None:
 
 def _layers(layers: Sequence[int], n_layers: int, name: str) -> list[int]:
     """Return layers counted from the start, each once."""
+    layers = schema.check_ints(layers, name)
     for layer in layers:
         if not -n_layers <= layer < n_layers:
             raise SnpatchError(f"{name}: expected a layer in {-n_layers}..{n_layers - 1}, got {layer}")

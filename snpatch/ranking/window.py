@@ -4,6 +4,7 @@ import operator
 from dataclasses import dataclass
 
 from snpatch.errors import SnpatchError
+from snpatch.utils import schema
 
 CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_control
 
@@ -21,6 +22,7 @@ class Window:
     hi: int
 
     def __post_init__(self) -> None:
+        schema.validate(self, "window: ")
         if not 0 <= self.lo <= self.hi:
             raise SnpatchError(f"window: expected 0 <= lo <= hi, got [{self.lo}, {self.hi})")
 
@@ -39,8 +41,7 @@ class Window:
         """
         if isinstance(window, Window):
             return window
-        try:
-            lo, hi = window if isinstance(window, tuple | list) else (0, window)
-            return cls(operator.index(lo), operator.index(hi))
-        except (TypeError, ValueError):
-            raise SnpatchError(f"window: expected k, (lo, hi) or a Window, got {window!r}") from None
+        pair = window if isinstance(window, tuple | list) else (0, window)
+        if len(pair) != 2 or any(isinstance(end, bool) or not hasattr(end, "__index__") for end in pair):
+            raise SnpatchError(f"window: expected k, (lo, hi) or a Window, got {window!r}")
+        return cls(*map(operator.index, pair))

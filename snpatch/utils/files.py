@@ -102,7 +102,7 @@ def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dic
 
 
 def is_safetensors(path: str | Path) -> bool:
-    """Return whether a file begins as safetensors files do, or does not exist: 8 bytes of a length, then JSON."""
+    """Return whether a file begins as safetensors files do (length, then JSON), or does not exist."""
     path = Path(path)
     if not path.is_file():
         return not path.exists()

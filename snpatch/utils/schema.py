@@ -6,12 +6,13 @@ name neither the file nor the key.
 
 import json
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_args, get_origin, get_type_hints
 
 from snpatch.errors import SnpatchError, error_field, nearest, shown
 
@@ -36,13 +37,17 @@ def option(default, help: str, **metadata) -> Any:
 
 
 def validate(config: "DataclassInstance", name: str = "") -> None:
-    """Raise SnpatchError for the first field of a dataclass that is outside the limits of its metadata.
+    """Raise SnpatchError for the first field of another type, or outside the limits of its metadata.
 
-    The limits are `min` and `max` (inclusive), `above` and `below` (exclusive), and `choices`. None is always allowed.
+    The types are those of `check_argument`. The limits are `min` and `max` (inclusive), `above` and `below`
+    (exclusive), and `choices`; they do not hold for None.
     name: of the dataclass in errors, for example "sampling: ".
     """
+    hints = _get_hints(type(config))
     for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
+        with error_field(f.name):
+            check_argument(value, hints[f.name], f"{name}{f.name}")
         if value is None:
             continue
         if "choices" in limits and value not in limits["choices"]:
@@ -56,6 +61,23 @@ def validate(config: "DataclassInstance", name: str = "") -> None:
             raise SnpatchError(f"{name}{f.name}: expected more than {limits['above']}, got {value}", field=f.name)
         if "below" in limits and not value < limits["below"]:
             raise SnpatchError(f"{name}{f.name}: expected less than {limits['below']}, got {value}", field=f.name)
+
+
+def check_argument(value: object, hint: Any, name: str) -> Any:
+    """Return a Python caller's value as `coerce` does; scalars of numpy and torch become Python's."""
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return coerce(cast(Any, value).item() if is_scalar else value, hint, name)
+
+
+def check_ints(values: object, name: str) -> list[int]:
+    """Return whole numbers of a list, range or array.
+
+    Raises:
+        SnpatchError: It is anything else, one number included.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+        raise SnpatchError(f"{name}: expected a list of whole numbers, got {shown(values)}")
+    return [check_argument(value, int, name) for value in values]
 
 
 def load_table(path: str | Path, what: str) -> object:
@@ -124,7 +146,7 @@ def from_dict(kind: type, context: str, values: object):
     check_keys(values, [f.name for f in fields(kind)], f"{context}: ")
     if missing := [name for name in required(kind) if name not in values]:
         raise SnpatchError(f"{context}: {', '.join(missing)} is missing", field=missing[0])
-    hints, coerced = get_type_hints(kind), {}
+    hints, coerced = _get_hints(kind), {}
     for name, value in values.items():
         with error_field(name):
             coerced[name] = coerce(value, hints[name], f"{context}: {name}")
@@ -140,6 +162,11 @@ def check_keys(values: Mapping, known: Sequence[str], name: str = "") -> None:
         message = f"{name}unknown key {', '.join(unknown)}; expected one of {', '.join(known)}"
         message += "".join(f". Did you mean {key}?" for key in nearest(unknown[0], known)[:1])
         raise SnpatchError(message, field=unknown[0])
+
+
+@cache
+def _get_hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def required(kind: type) -> list[str]:
@@ -182,7 +209,7 @@ def coerce(value: object, hint: Any, context: str) -> Any:
 
 def json_schema(kind: type) -> dict:
     """Return the JSON Schema of the tables that `from_dict` reads. Metadata of fields: help and limits."""
-    hints, properties = get_type_hints(kind), {}
+    hints, properties = _get_hints(kind), {}
     for f in fields(kind):
         properties[f.name] = _hint_schema(hints[f.name])
         if "help" in f.metadata:

@@ -264,7 +264,7 @@ BAD = {
     ),
     "NaN in an adapter": (adapter(damage(ADAPTER, set_nan(IA3.format(1)))), "holds NaN"),
     "adapter option without a name": (lambda t: {"adapters": ["-a", SFT]}, "--adapter: expected name=folder"),
-    "ranking of another shape": (other_shape, r"ranking: expected the model's shape \[4, 352\], got \[3, 352\]"),
+    "ranking of another shape": (other_shape, r"expected a ranking of \[4, 352\], the model, got \[3, 352\]"),
     "NaN in scores": (nan_scores, "scores: expected finite values, got nan at layer 2, neuron 5"),
     "missing ranking": (lambda t: {"ranking": str(t / "r.safetensors")}, "r.safetensors: no such file"),
     "window outside the ranking": (lambda t: {"window": "1409"}, "reaches past the ranking's 1408 neurons"),

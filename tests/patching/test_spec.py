@@ -126,7 +126,7 @@ GOOD = {"recipient": "sft", "donor": "dpo", "ranking": "safety", "window": 9}
         ({"strength": True}, "strength: expected float, got True"),
         ({"strength": float("nan")}, "strength: expected a finite number"),
         ({"strength": 1e39}, "strength: expected a finite number of float32"),
-        ({"strength": 10**400}, "strength: expected a finite number of float32"),
+        ({"strength": 10**400}, "strength: expected a number that float64 can hold"),
         ({"donor": "scale:1e39"}, "scale: factor: expected a finite number of float32"),
         ({"donor": "scale:1e30", "strength": -1e30}, "strength \\* \\(scale - 1\\): expected a finite number"),
     ],

@@ -9,6 +9,7 @@ import torch
 
 from snpatch.errors import SnpatchError
 from snpatch.ranking.ranking import Ranking
+from snpatch.utils.files import write_tensors
 
 SHAPE = (3, 4)
 ORDER = [[1, 2], [0, 3], [2, 0]]
@@ -198,6 +199,17 @@ def test_load_own_file_of_other_shape_is_one_line(tmp_path):
     Ranking.from_scores(SCORES).save(tmp_path / "own.safetensors")
     with pytest.raises(SnpatchError, match=r"own.safetensors: expected a ranking of \[3, 4\], the model, got \[2, 4\]"):
         Ranking.load(tmp_path / "own.safetensors", SHAPE)
+
+
+def test_load_damaged_ranking_names_file(tmp_path):
+    own, published = tmp_path / "own.safetensors", tmp_path / "p.pt"
+    scores = torch.full((2, 4), torch.nan)
+    tensors = {"rank": Ranking.from_scores(SCORES).rank, "scores": scores}
+    write_tensors(own, tensors, kind="ranking", meta={})
+    save_value(published, (SCORES, torch.tensor([[5, 0]]), SCORES, SCORES, SCORES, SCORES))
+    for path, message in ((own, "scores is not finite"), (published, "a neuron of the order is outside")):
+        with pytest.raises(SnpatchError, match=rf"{path.name}: ranking: {message}"):
+            Ranking.load(path)
 
 
 def test_load_own_file_with_any_suffix(tmp_path):
