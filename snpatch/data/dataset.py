@@ -134,7 +134,7 @@ class Dataset:
 
     @property
     def row_notes(self) -> list[str]:
-        """Return one line per reason why rows of the source were dropped or read in part, and one of unused columns."""
+        """Return a line per reason why rows were dropped or read in part, and one for unused columns."""
         lines = [f"skipped {self.skipped} invalid rows"] if self.skipped else []
         for key, text in (
             ("left_out", "dropped {} of {} rows: {}"),
@@ -155,8 +155,11 @@ class Dataset:
     def pairs(self) -> "TrainingRows":
         """Return rows {"prompt", "chosen", "rejected"} for `train_dpo`, of the examples with both answers."""
         rows, dropped = [], Counter()
+        reversed_pairs = {_key(e.context, e.rejected, e.chosen) for e in self.examples}
         for e in self.examples:
-            if e.chosen and e.rejected:
+            if e.chosen and e.rejected and _key(e.context, e.chosen, e.rejected) in reversed_pairs:
+                dropped["another row prefers the other answer"] += 1
+            elif e.chosen and e.rejected:
                 rows.append({"prompt": e.context, "chosen": _to_message(e.chosen), "rejected": _to_message(e.rejected)})
             else:
                 dropped[e.meta.get("no_pair", "no chosen and rejected answer")] += 1
@@ -165,8 +168,11 @@ class Dataset:
     def conversations(self) -> "TrainingRows":
         """Return rows {"messages"} for `train_sft`, of the examples with a response."""
         rows, dropped = [], Counter()
+        bad_answers = {_key(e.context, e.rejected) for e in self.examples if e.rejected and not e.chosen}
         for e in self.examples:
-            if e.prompt and e.response:
+            if e.prompt and e.response and _key(e.context, e.response) in bad_answers:
+                dropped["another row labels the same answer as bad"] += 1
+            elif e.prompt and e.response:
                 rows.append({"messages": e.context + _to_message(e.response)})
             else:
                 is_bad = e.rejected and not e.chosen
@@ -219,6 +225,11 @@ def question(chat: Chat) -> str:
 
 def _matches_any(value: Any, choices: tuple[Any, ...]) -> bool:
     return value in choices or (isinstance(value, bool | int | float) and json.dumps(value) in choices)
+
+
+def _key(*parts: Chat | str | None) -> bytes:
+    """Return a key of messages and answers that is equal if they are."""
+    return hashlib.sha256(json.dumps(parts).encode()).digest()
 
 
 def _to_message(answer: str) -> Chat:

@@ -39,7 +39,7 @@ PROMPT_COLUMNS = (
 # A column that is the prompt only if none of these exists: JailbreakBench, alpaca.
 YIELDS_TO = {"behavior": ("goal",), "input": PROMPT_COLUMNS[:-1]}
 PAIR_COLUMNS = ("chosen", "rejected")
-# Names of columns that change what the model would read, beside the prompt.
+# Names of columns that change what the model would read in addition to the prompt.
 CONTEXT_COLUMN = re.compile(
     r"^sys(?:tem|_)|context|history|^im(?:g|age)|image|audio|video|passage|paragraph|^(?:input|choices|options|docs)$"
     r"|(?:^|_)documents?(?:_|$)|(?:^|_)tools?(?:_|$)|(?:^|_)functions?(?:_|$)"
@@ -47,14 +47,14 @@ CONTEXT_COLUMN = re.compile(
 HARMBENCH_CONTEXT = "contextstring"  # ignored by the paper
 # Names of columns whose texts describe a row, and that are therefore ignored without a note.
 METADATA_COLUMN = re.compile(
-    r"(?:ids?|idx|index|hash|sources?|origins?|datasets?|subsets?|splits?|categor(?:y|ies)|types?|kinds?|tags?|topics?"
+    r"(?:ids?|idx|index|hash|sources?|origins?|datasets?|subsets?|splits?|category|categories|types?|kinds?|tags?|topics?"
     r"|domains?|areas?|languages?|lang|models?|generators?|annotators?|scores?|ratings?|labels?|dates?|times?|timestamp"
     r"|urls?|links?|licen[cs]es?|authors?|versions?|difficulty|names?|notes?|focus|targets?|behaviors?|harm|safe"
     r"|policy|severity|num_params|task_description)$|^(?:scores?|meta|metadata)(?:_|$)"
 )
 ANSWER_COLUMNS = ("response", "completion")
 TEXT_ANSWER_COLUMNS = ("output", "answer")  # of alpaca, dolly, ...: answers only if they are strings
-CHAT_COLUMNS = ("messages", *PAIR_COLUMNS, *ANSWER_COLUMNS)  # a chat beside the prompt
+CHAT_COLUMNS = ("messages", *PAIR_COLUMNS, *ANSWER_COLUMNS)  # may hold a chat, too
 # Messages as JSON, as Python's repr, or as numpy's.
 CHAT_TEXT = re.compile(r"\s*(?:array\()?\[\s*\{.*\}\s*,?\s*\](?:, dtype=object\))?\s*|\s*\{.*\}\s*", re.DOTALL)
 MESSAGE_FIELDS = {"role", "content"}, {"from", "value"}
@@ -127,6 +127,7 @@ def parse_row(row: dict, column: str | None = None) -> Example | str:
     row = {name: _decode_chat(name, value) if _holds_chat(name, field) else value for name, value in row.items()}
     ignored = _check_other_columns(row, field, is_named=column is not None)
     if field is None:
+        _check_first_speaker(row)
         if _is_transcript(row["chosen"]):
             example = hh(row)
             return replace(example, meta={**rest(row, *PAIR_COLUMNS), **example.meta})
@@ -152,12 +153,23 @@ def parse_row(row: dict, column: str | None = None) -> Example | str:
     return _build_example(row, prompt, dialogue, response, ignored, field, is_named=column is not None)
 
 
+def _check_first_speaker(row: dict) -> None:
+    """Raise a RowError for a transcript whose first turn is the assistant's."""
+    for name in PAIR_COLUMNS:
+        value = row[name]
+        if isinstance(value, str) and (TURN.findall(value.strip()) or [None])[0] == "Assistant":
+            raise RowError(
+                f"{name}: expected a transcript that begins with 'Human:', got one that begins with 'Assistant:'. "
+                "Remove the turns before the first human turn, or give --format hh-harmless, which ignores them"
+            )
+
+
 def _holds_chat(name: str, field: str | None) -> bool:
     return name == field or normalize_column(name) in CHAT_COLUMNS
 
 
 def _decode_chat(name: str, value: object) -> object:
-    """Return the list in a text that holds messages as JSON, as CSV cells do, and any other value unchanged."""
+    """Return the messages that a text holds as JSON, as in CSV cells, and any other value unchanged."""
     if not isinstance(value, str):
         return value
     is_list = is_turns_column(name) and value.lstrip().startswith("[")
@@ -329,6 +341,8 @@ def _build_example(
         meta |= {"no_pair": reason} if reason else {}
     elif prompt is None:
         raise RowError("chosen and rejected: expected conversations that begin with the same prompt, got none")
+    if chosen and chosen == rejected:
+        chosen, rejected, meta["no_pair"] = None, None, SAME_ANSWER
     if response is not None and rejected is None and (label_columns := _select([*row], LABEL_COLUMNS)):
         labels = {LABELS.get(str(row[name]).strip().lower()) for name in label_columns}
         if labels == {False}:

@@ -401,6 +401,62 @@ def test_empty_answer_beside_another_is_ignored(tmp_path):
     assert load_row(tmp_path, {"prompt": "p", "response": "", "completion": None}).response == ""
 
 
+def test_pair_that_begins_with_assistant_is_rejected_with_remedy(tmp_path):
+    good_row, row = (
+        {"chosen": talk(*texts, "A"), "rejected": talk(*texts, "B")} for texts in (("Q",), ("Q", "x", "R"))
+    )
+    for name, value in row.items():
+        row[name] = value.removeprefix("\n\nHuman: Q")
+    path = write(tmp_path, "p", ".jsonl", [good_row, row])
+    message = "line 2: chosen: expected a transcript that begins with 'Human:', got one that begins with 'Assistant:'"
+    with pytest.raises(SnpatchError, match=rf"{message}\. Remove .* --format hh-harmless"):
+        load_dataset(path)
+    assert load_dataset(path, skip_invalid=True).skipped == 1
+    assert load_dataset(path, format="hh-harmless").prompts == [user("Q"), user("R")]
+
+
+def test_pair_of_equal_texts_is_counted(tmp_path):
+    rows = [{"prompt": "a", "chosen": "x", "rejected": "y"}, {"prompt": "b", "chosen": "x", "rejected": " x"}]
+    data = load_dataset(write(tmp_path, "p", ".jsonl", rows))
+    assert data.row_notes == ["1 of 2 rows have a prompt and no pair: both answers are the same"]
+    assert dict(data.pairs().dropped) == {"both answers are the same": 1}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "b", "chosen": None, "rejected": "y"}, "no chosen answer"),
+        ({"prompt": "b", "chosen": "x", "rejected": None}, "no rejected answer"),
+        ({"chosen": turns("b", "x"), "rejected": None}, "no rejected answer"),
+        ({"chosen": None, "rejected": turns("b", "x")}, "no chosen answer"),
+    ],
+)
+def test_null_answers_of_pairs_are_counted(tmp_path, row, reason):
+    data = load_dataset(write(tmp_path, "p", ".jsonl", [{"prompt": "a", "chosen": "x", "rejected": "y"}, row]))
+    assert data.prompts == [user("a"), user("b")]
+    assert dict(data.pairs().dropped) == data.source["no_pair"] == {reason: 1}
+
+
+def test_null_answers_without_prompt_are_rejected_with_line(tmp_path):
+    for row in ({"chosen": None, "rejected": None}, {"chosen": talk("a", "b"), "rejected": None}):
+        with pytest.raises(SnpatchError, match=r"data\.jsonl, line 1: "):
+            load_row(tmp_path, row)
+
+
+def test_contradictory_rows_are_not_used_and_counted(tmp_path):
+    labels = [("a", "x", 1), ("a", "x", 0), ("a", "y", 1), ("b", "x", 1)]
+    rows = [{"prompt": p, "completion": c, "label": n} for p, c, n in labels]
+    conversations = load_dataset(write(tmp_path, "kto", ".jsonl", rows)).conversations()
+    assert conversations == [{"messages": turns("a", "y")}, {"messages": turns("b", "x")}]
+    bad = "no answer but one that is labeled bad"
+    assert dict(conversations.dropped) == {"another row labels the same answer as bad": 1, bad: 1}
+    answers = [("a", "x", "y"), ("a", "y", "x"), ("a", "x", "z"), ("b", "x", "y")]
+    rows = [{"prompt": p, "chosen": c, "rejected": r} for p, c, r in answers]
+    pairs = load_dataset(write(tmp_path, "p", ".jsonl", rows)).pairs()
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [(answer("x"), answer(a)) for a in "zy"]
+    assert dict(pairs.dropped) == {"another row prefers the other answer": 2}
+
+
 LABEL_PAIRS = [
     (True, False), ("True", "False"), (" TRUE", "false "), (1, 0), ("1", "0"), (1.0, 0.0), ("1.0", "0.0"),
 ]  # fmt: skip
