@@ -4,11 +4,14 @@ Public names are imported on first use, because `snpatch --help` must not wait f
 """
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING
 
 # torch would otherwise start CUDA to find out whether there is a GPU, and a process that vLLM forks could not use it.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+# vLLM's server sets the root logger to ERROR, which would hide snpatch's warnings.
+logging.getLogger("snpatch").setLevel(logging.WARNING)
 
 __version__ = "0.1.0"
 

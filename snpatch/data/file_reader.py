@@ -211,7 +211,8 @@ def _find_rows(path: Path, value: object, columns: Columns) -> list | None:
 
     The rows are the items of its columns, or of its only list, objects or strings; these get the object's other fields.
     """
-    if not isinstance(value, dict):
+    needs_no_column = not callable(columns) and () in columns
+    if not isinstance(value, dict) or needs_no_column:  # then the caller reads tables itself
         return None
     lists = {name: item for name, item in value.items() if isinstance(item, list)}
     if find_column_error(value, columns) is None:

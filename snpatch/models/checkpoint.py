@@ -107,7 +107,7 @@ def read_generation_eos_ids(folder: Path) -> list[int] | None:
 
 
 def note_unapplied_settings(folder: Path, notes: Notes) -> None:
-    """Add a note on the settings of a folder's generation config that change completions in transformers alone."""
+    """Add a note on settings of a folder's generation config that only transformers applies."""
     config = read_generation_config(folder)
     settings = {} if config is None else config.to_diff_dict()
     unapplied = sorted(

@@ -139,7 +139,9 @@ def get_used_config(config, context: int) -> dict[str, object]:
 
 
 def _used_rope(config, parameters: Mapping, layer_type: str | None = None) -> dict[str, object]:
-    """Return the keys that the rotary positions are computed with; keys at their defaults equal absent ones.
+    """Return the keys that the rotary positions are computed with.
+
+    A key at its default equals an absent one.
 
     Args:
         config: The model's config.

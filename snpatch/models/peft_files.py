@@ -149,7 +149,7 @@ def find_other_base(config: Mapping, model: str) -> str | None:
 
 
 def _get_model_name(model: str) -> str:
-    """Return the last part of a model's name or path; of a folder in the hub's cache, that of the repository."""
+    """Return the last part of a model's name or path, or the repository of a folder in the hub's cache."""
     parts = model.rstrip("/").split("/")
     repository = parts[-3] if len(parts) > 2 and parts[-2] == "snapshots" else parts[-1].partition("@")[0]
     return repository.rpartition("--")[2].casefold()

@@ -41,7 +41,7 @@ def load_pretrained(loader, model: str | Path, **arguments):
 
 
 def load_network(loader, model: str | Path, **arguments):
-    """Return `load_pretrained(loader, model, **arguments)` after checking that it has the checkpoint's weights.
+    """Load a model by `load_pretrained`, and check that it has the checkpoint's weights.
 
     Args:
         loader: AutoModelForCausalLM or AutoModelForSequenceClassification.
@@ -63,7 +63,7 @@ def load_network(loader, model: str | Path, **arguments):
 
 
 def check_tensor_names(model: str | Path, network: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise a SnpatchError for weights that a checkpoint lacks, and for tensors that its model does not have.
+    """Raise a SnpatchError for missing weights of a checkpoint and for tensors that its model lacks.
 
     Args:
         model: The checkpoint, for errors.

@@ -281,8 +281,8 @@ def load_adapter_tokenizer(adapter: str | Path):
     except SnpatchError as error:
         files = ", ".join(_find_tokenizer_files(adapter))
         raise SnpatchError(
-            f"{adapter}: expected no tokenizer or a whole one beside an adapter, got {files}, which cannot be loaded "
-            f"({first_line(error.__cause__ or error)}). Remove them to use the model's own tokenizer."
+            f"{adapter}: expected no tokenizer or a complete one in an adapter's folder, got {files}, which cannot be "
+            f"loaded ({first_line(error.__cause__ or error)}). Remove them to use the model's own tokenizer."
         ) from error
 
 
@@ -293,7 +293,10 @@ def _find_tokenizer_files(adapter: str | Path) -> list[str]:
 
 
 def _shared_template(adapters: Sequence[str | Path]) -> tuple[str, str | None]:
-    """Return (folder, template) of the one template that adapters were trained with; None if no folder contains one."""
+    """Return (folder, template) of the one template that adapters were trained with.
+
+    The template is None if no folder contains one.
+    """
     sources = {adapter: source for adapter in adapters if (source := read_adapter_template(adapter)) is not None}
     if len({*sources.values()}) > 1:
         folders = ", ".join(map(str, sources))

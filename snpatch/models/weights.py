@@ -127,7 +127,7 @@ def _check_no_other_files(folder: Path) -> None:
     files = next(filter(None, ({*folder.glob(pattern)} - ignored for pattern in WEIGHT_PATTERNS)), set())
     if others := sorted(file.name for file in files - {*used}):
         raise SnpatchError(
-            f"{folder}: expected the weights of one checkpoint, got {others[0]} beside {used[0].name}. Move it away."
+            f"{folder}: expected the weights of one checkpoint, got {others[0]} and {used[0].name}. Move one away."
         )
 
 

@@ -437,10 +437,10 @@ class Ranking:
             raise SnpatchError(f"shape: expected {list(shape)}, the model's, got {list(found.shape)}")
         shape = shape or found.shape or found.size
         if shape is None:
-            raise SnpatchError("lists neurons, not the model's size: give shape = (layers, neurons of a layer)")
+            raise SnpatchError("expected a shape for a list of neurons. Pass shape=(layers, neurons of a layer).")
         if found.size and (found.size[0] > shape[0] or found.size[1] != shape[1]):
             kind = "ranks" if found.scores is None else "scores"
-            raise SnpatchError(f"holds {kind} {list(found.size)}, the model is of {list(shape)}")
+            raise SnpatchError(f"expected {kind} of {list(shape)}, got {list(found.size)}")
         if found.scores is None:
             return cls.from_order(require(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
         padded = torch.nn.functional.pad(found.scores, (0, 0, 0, shape[0] - len(found.scores)))

@@ -156,7 +156,7 @@ def _parse_matrix(array: Tensor, path: Path, name: str | None, shape: Size | Non
     if array.dim() != 2:
         raise SnpatchError(f"{path}: {FORMS}, got {list(array.shape)}")
     if not array.numel():
-        raise SnpatchError(f"{path}: holds no neuron")
+        raise SnpatchError(f"{path}: expected neurons, got an empty file")
     if name in COLUMN_NAMES["rank"]:
         return _parse_ranks(array, path, shape)
     columns, is_whole = array.T.unbind() if array.shape[1] in (2, 3) else (), not array.is_floating_point()
@@ -186,13 +186,13 @@ def _parse_columns(fields: dict[str, Tensor], path: Path, shape: Size | None = N
     """Parse columns: layers, neurons and, if given, scores and ranks."""
     fields = {field: column.flatten() for field, column in fields.items()}
     if len(lengths := {len(one) for one in fields.values()}) > 1:
-        raise SnpatchError(f"{path}: columns of different lengths ({', '.join(map(str, sorted(lengths)))})")
+        raise SnpatchError(f"{path}: expected columns of one length, got {', '.join(map(str, sorted(lengths)))}")
     columns = [fields.pop(field) for field in ("layer", "neuron")]
     if not all(map(_is_whole, columns)):
-        raise SnpatchError(f"{path}: a layer or neuron is no whole number")
+        raise SnpatchError(f"{path}: expected layers and neurons as whole numbers, got another number")
     order = torch.stack([one.long() for one in columns], dim=1)
     if not len(order):
-        raise SnpatchError(f"{path}: holds no neuron")
+        raise SnpatchError(f"{path}: expected neurons, got an empty file")
     return replace(_sort(order, {field: one.double() for field, one in fields.items()}, path), shape=shape)
 
 
@@ -200,12 +200,12 @@ def _sort(order: Tensor, keys: dict[str, Tensor], path: Path) -> Neurons:
     """Order neurons by rank, smallest first, or by score, largest first; both must give one order."""
     for field, values in keys.items():
         if not bool(torch.isfinite(values).all()):
-            raise SnpatchError(f"{path}: a {field} is not finite")
+            raise SnpatchError(f"{path}: expected finite values of {field}, got one that is not")
     if not keys:
         return Neurons(order=order)
     ranks, scores = keys.get("rank"), keys.get("score")
     if ranks is not None and len(ranks.unique()) != len(ranks):
-        raise SnpatchError(f"{path}: two neurons have one rank")
+        raise SnpatchError(f"{path}: expected each rank once, got one twice")
     places = torch.argsort(require(scores) if ranks is None else -ranks, descending=True, stable=True)
     if scores is None:
         return Neurons(order=order[places])
@@ -233,7 +233,7 @@ def _parse_file(path: Path) -> Neurons:
 def _parse_rows(rows: Sequence[SourceRow], path: Path, shape: Size | None = None) -> Neurons:
     """Parse tables of one neuron each, whose columns are those of the first."""
     if not rows:
-        raise SnpatchError(f"{path}: holds no neuron")
+        raise SnpatchError(f"{path}: expected neurons, got an empty file")
     for row in rows:
         if not isinstance(row.value, dict):
             raise SnpatchError(f"{row.location}: expected layer and neuron, got {shown(row.value)}")
@@ -268,7 +268,7 @@ def _parse_number(row: SourceRow, name: str, kind: type) -> float | int:
         wanted = "a number" if kind is float else "a whole number"
         raise SnpatchError(f"{row.location}: {name}: expected {wanted}, got {shown(value)}") from None
     if not np.isfinite(number):
-        raise SnpatchError(f"{row.location}: {name} is not finite")
+        raise SnpatchError(f"{row.location}: {name}: expected a finite number, got {shown(value)}")
     return number
 
 

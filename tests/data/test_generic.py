@@ -214,7 +214,7 @@ def test_chat_as_other_text_is_rejected(tmp_path, name):
         path = write(tmp_path, "d", ".csv", [row])
         with pytest.raises(SnpatchError, match=r"line 2: \w+: expected a text, or messages as JSON, .* json\.dumps"):
             load_dataset(path)
-    with pytest.raises(SnpatchError, match=r"line 2: prompt must be a text that is not empty, got \{'role'"):
+    with pytest.raises(SnpatchError, match=r"line 2: prompt: expected a non-empty string, got \{'role'"):
         load_dataset(write(tmp_path, "d", ".csv", [{"prompt": json.dumps(user("Q")[0])}]))
     with pytest.raises(SnpatchError, match=r"line 2: turns: expected a text, or messages as JSON, got .\['Q', 'R'\]"):
         load_dataset(write(tmp_path, "d", ".csv", [{"turns": "['Q', 'R']"}]))
@@ -635,9 +635,9 @@ def test_json_table_of_named_column_and_named_format_is_read(tmp_path):
     [
         ({"prompt": ["a", "b"], "id": [1]}, r"p\.json: expected columns of one length, got 2 of prompt, 1 of"),
         ({"prompt": ["a", "b"], "source": "x"}, "1: prompt: expected a text or messages, got a list of texts"),
-        ({"prompt": ["a", None]}, "item 2: prompt must be a text that is not empty, got None"),
+        ({"prompt": ["a", None]}, "item 2: prompt: expected a non-empty string, got None"),
         ({"prompt": [["a", "b"]]}, "item 1: prompt: expected a text or messages, got a list of texts"),
-        ({"prompt": {"0": "a", "1": "b"}, "id": {"0": 1, "1": 2}}, "prompt must be a text that is not empty, got {'0'"),
+        ({"prompt": {"0": "a", "1": "b"}, "id": {"0": 1, "1": 2}}, "prompt: expected a non-empty string, got {'0'"),
         ({"0": {"prompt": "a"}, "1": {"prompt": "b"}}, "expected an object with prompt or messages, got 0, 1"),
         ({"columns": ["prompt"], "index": [0, 1], "data": [["a"], ["b"]]}, "got columns, index, data"),
         ({"columns": ["prompt"], "data": [["a"], ["b"]]}, "prompt or messages, got columns, data"),

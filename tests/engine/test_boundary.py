@@ -192,7 +192,8 @@ def test_encode_accepts_rows_of_files(requests):
     [
         {"prompt": TEXT}, {"prompt": f"  {TEXT}\n"}, {"prompt": TEXT, "system": "Be brief."}, {"goal": TEXT},
         {"prompt": TEXT, "system_prompt": "Be brief."}, {"instruction": TEXT, "input": "a text"}, {"prompt": ""},
-        {"prompt": TEXT, "messages": [{"role": "user", "content": "another"}]}, {"prompt": [5, 6]}, {"prompt": None},
+        {"prompt": TEXT, "messages": [{"role": "user", "content": "another"}]}, {"prompt": None},
+        {"prompt": [5, 6], "id": 1},
         {"messages": [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "an answer"}]},
         {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]},
         {"transcript": "\n\nHuman: a\n\nAssistant: b"}, {"question": TEXT, "answer": "b"}, {"goal": "a", "query": "b"},
@@ -220,9 +221,9 @@ def build_tables():
 
 @pytest.mark.parametrize("values", build_tables(), ids=lambda value: type(value).__name__)
 def test_encode_table_by_columns_is_one_line(requests, values):
-    with pytest.raises(SnpatchError, match=r"prompts must be a list; got .* a table by columns. Give its rows"):
+    with pytest.raises(SnpatchError, match=r"prompts: expected a list, got .* a table by columns. Pass its rows"):
         requests.encode(values, "base")
-    with pytest.raises(SnpatchError, match=r"completions must be a list; got .* a table by columns. Give its rows"):
+    with pytest.raises(SnpatchError, match=r"completions: expected a list, got .* a table by columns. Pass its rows"):
         requests.completions(values, 1)
 
 
@@ -244,7 +245,7 @@ def test_encode_accepts_rows_and_columns_of_tables(requests):
         ({"prompt": TEXT}, r"prompts: expected a list, got one row .*Wrap it in a list"),
         ([{"words": TEXT}], "or a row as in a file: prompt or messages, got words"),
         ([{"prompt": 3}], "expected a string, a chat"),
-        ([{"messages": [{"role": "user"}]}], "messages must be a list of role and content"),
+        ([{"messages": [{"role": "user"}]}], "messages: expected a list of role and content"),
     ],
 )
 def test_encode_misplaced_row_or_chat_is_explained(requests, prompts, message):

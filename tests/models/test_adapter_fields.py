@@ -169,7 +169,7 @@ def test_lora_init_with_unchanged_base_is_merged_as_in_peft(zoo, tmp_path, init)
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "a_newer_one"])
 def test_lora_init_with_changed_base_is_rejected(zoo, tmp_path, init):
     adapter = edit_config(save_adapter(LoraConfig, zoo("llama").folder, tmp_path / "lora"), init_lora_weights=init)
-    with pytest.raises(SnpatchError, match=rf"init_lora_weights = '{init}' is not supported: merge this adapter with"):
+    with pytest.raises(SnpatchError, match=rf"init_lora_weights = '{init}' is not supported. Merge the adapter with"):
         load_lora(adapter)
 
 

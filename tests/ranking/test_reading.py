@@ -158,7 +158,7 @@ def test_load_columns_and_rows_are_ordered_by_one_rule(tmp_path, file, name, val
         ({"layer_idx": [0, 1, 2]}, "expected one layer, got the columns layer, layer_idx"),
         ({"Neuron": [0, 1, 2]}, "expected one neuron, got the columns neuron, Neuron"),
         ({"rank": [0, 1, 2], "score": [0.1, 0.9, 0.5]}, "expected rank and score to give one order"),
-        ({"rank": [0, 1, 1]}, "two neurons have one rank"),
+        ({"rank": [0, 1, 1]}, "expected each rank once"),
     ],
 )
 def test_load_columns_that_are_not_used_are_one_line(tmp_path, file, columns, message):
@@ -207,7 +207,7 @@ def test_load_damaged_ranking_names_file(tmp_path):
     tensors = {"rank": Ranking.from_scores(SCORES).rank, "scores": scores}
     write_tensors(own, tensors, kind="ranking", meta={})
     save_value(published, (SCORES, torch.tensor([[5, 0]]), SCORES, SCORES, SCORES, SCORES))
-    for path, message in ((own, "scores is not finite"), (published, "a neuron of the order is outside")):
+    for path, message in ((own, "scores: expected finite values"), (published, "order: expected neurons of")):
         with pytest.raises(SnpatchError, match=rf"{path.name}: ranking: {message}"):
             Ranking.load(path)
 
@@ -234,7 +234,7 @@ def test_load_reads_published_and_own_files(tmp_path):
         ("r.csv", "a,b\n1,2\n", r"r\.csv: expected the columns layer, neuron, got a, b"),
         ("r.csv", table([(0, 1.9)]), r"r\.csv, line 2: neuron: expected a whole number, got '1.9'"),
         ("r.csv", table([(0, "x")]), "line 2: neuron: expected a whole number, got 'x'"),
-        ("r.csv", table([(0, 1, "nan")], "layer,neuron,score"), "line 2: score: expected a finite number, got nan"),
+        ("r.csv", table([(0, 1, "nan")], "layer,neuron,score"), "line 2: score: expected a finite number, got 'nan'"),
         ("r.csv", table([(0, 1, 1), (0, 2, 1)], "layer,neuron,rank"), "expected each rank once"),
         ("r.csv", table([]), "expected neurons, got an empty file"),
         ("r.csv", table([(0, 1), (0, 1)]), "expected each neuron once"),
@@ -249,7 +249,7 @@ def test_load_reads_published_and_own_files(tmp_path):
         ("r.json", [{"layer": 0}], "item 1: neuron is missing|expected"),
         ("r.json", "nothing", "not JSON"),
         ("r.csv", table([(2**70, 1)]), "r.csv, line 2: layer: expected a whole number, got '1180591620717411303424'"),
-        ("r.csv", table([(0, 1, "9" * 400)], "layer,neuron,score"), "r.csv, line 2: score is not finite"),
+        ("r.csv", table([(0, 1, "9" * 400)], "layer,neuron,score"), "r.csv, line 2: score: expected a finite number"),
         ("r.json", [[2**70, 1]], "r.json: expected numbers"),
         ("r.json", [[2**63, 1]], "r.json: .*outside"),
         ("r.json", [{"layer": 0, "neuron": 1, "score": 10**400}], "item 1: score: expected a number, got 1000"),
@@ -257,21 +257,21 @@ def test_load_reads_published_and_own_files(tmp_path):
         ("r.json", [{"layer": 0, "neuron": 2**63}], "item 1: neuron: expected a whole number"),
         ("r.json", {"layer": [0], "neuron": [1], "score": [10**400]}, "score: expected numbers"),
         ("r.npy", np.array([[2**64 - 1, 1]], dtype=np.uint64), "int64 cannot hold"),
-        ("r.npy", np.zeros((0, 2), int), "r.npy: holds no neuron"),
-        ("r.npy", np.zeros((0, 4)), "r.npy: holds no neuron"),
-        ("r.json", {"layer": [], "neuron": []}, "r.json: holds no neuron"),
+        ("r.npy", np.zeros((0, 2), int), "r.npy: expected neurons, got an empty file"),
+        ("r.npy", np.zeros((0, 4)), "r.npy: expected neurons, got an empty file"),
+        ("r.json", {"layer": [], "neuron": []}, "r.json: expected neurons, got an empty file"),
         ("r.npy", SCORES.numpy() > 0.5, "r.npy: expected numbers .* got bool"),
         ("r.pt", SCORES > 0.5, r"r.pt: expected numbers .* got torch.bool"),
         ("r.pt", SCORES.to(torch.complex64), r"r.pt: expected numbers .* got torch.complex64"),
-        ("r.npy", np.full((2, 4), np.nan), r"r.npy: .*not finite"),
+        ("r.npy", np.full((2, 4), np.nan), r"r.npy: .*expected finite values"),
         ("r.npy", RANKS.astype(float), r"r.npy: expected scores, got numbers that may be ranks.* Name them"),
         ("r.npz", {"x": SCORES.numpy()}, r"got numbers \[2, 4\] under x. Name them scores or rank"),
         ("r.npz", {"scores": SCORES.numpy(), "mean": SCORES.numpy()}, "got a table of scores, mean"),
         ("r.json", {"neurons": ORDER, "importance": [0.1, 0.9, 0.5]}, "got a table of neurons, importance"),
         ("r.json", {"model": "x", "neurons": NAMED, "importance": [1, 2, 3]}, "got a table of neurons, importance"),
         ("r.json", {"neurons": ORDER, "one_based": True}, "got a table of neurons, one_based"),
-        ("r.npz", {"rank": np.array([[0.0, np.nan]])}, "a rank is not finite"),
-        ("r.npz", {"rank": np.array([[0.5, 0.5]])}, "two neurons have one rank"),
+        ("r.npz", {"rank": np.array([[0.0, np.nan]])}, "expected finite values of rank"),
+        ("r.npz", {"rank": np.array([[0.5, 0.5]])}, "expected each rank once"),
         ("r.tsv", "layer\tneuron\n0\t1\n", r"r.tsv: expected a ranking of snpatch .* or one in .csv"),
         ("r.jsonl", '{"layer": 0, "neuron": 1}\n{"layer": 0}\n', "line 2: neuron is missing"),
         ("r.jsonl", "[0, 5]\n[1, 7, 0.9]\n", "expected numbers in a list of equal rows"),

@@ -27,7 +27,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from snpatch.executors.vllm.streaming import StreamingExecutor
 from snpatch.judges.refusal import RefusalWords
-from snpatch.server import install, routes, vllm_args
+from snpatch.server import install, request_limits, routes, vllm_args
 from snpatch.server.patch_request import PatchRequest
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.request_limits import body_fields, build_protocol
@@ -571,13 +571,36 @@ def test_health_answers_within_200_ms_during_worst_request_at_7b(serve, name):
     assert asyncio.run(slowest_health(app, path, content)) < HEALTH_S
 
 
-def test_health_answers_between_requests_of_burst(serve):
+def test_bodies_of_burst_are_parsed_in_different_turns_of_the_event_loop(serve, monkeypatch):
     app, _ = serve()
-    assert asyncio.run(slowest_health(app, CHATS, json.dumps(ASKED).encode(), n=200)) < HEALTH_S / 8
+    turn, turns, check = 0, [], request_limits.check_body
+
+    async def check_body(*args):
+        turns.append(turn)
+        await check(*args)
+
+    async def send_burst():
+        async def count_turns():
+            nonlocal turn
+            while True:
+                turn += 1
+                await asyncio.sleep(0)
+
+        counting = asyncio.create_task(count_turns())
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+            answers = await asyncio.gather(*(http.post(CHATS, json=ASKED) for _ in range(50)))
+        counting.cancel()
+        return answers
+
+    monkeypatch.setattr(request_limits, "check_body", check_body)
+    assert {answer.status_code for answer in asyncio.run(send_burst())} == {200}
+    assert len(turns) == 50
+    assert len({*turns}) == 50
 
 
-async def slowest_health(app, path: str, content: bytes, n: int = 1) -> float:
-    """Return the event loop's CPU seconds for the slowest /health from before n requests until after their answers.
+async def slowest_health(app, path: str, content: bytes) -> float:
+    """Return the event loop's CPU seconds for the slowest /health from before a request until after its answer starts.
 
     CPU time does not depend on how busy the machine is; `make bench-attack` measures a real server's wall time.
     """
@@ -598,7 +621,7 @@ async def slowest_health(app, path: str, content: bytes, n: int = 1) -> float:
         gc.freeze()  # a collection in this thread would also scan what earlier tests left
         asking = asyncio.create_task(ask_health())
         await asyncio.sleep(0.02)
-        await asyncio.gather(*(http.post(path, content=content, headers=JSON) for _ in range(n)))
+        await http.post(path, content=content, headers=JSON)
         await asyncio.sleep(0.02)
         asking.cancel()
         gc.unfreeze()
