@@ -32,7 +32,7 @@ CALLED = {
 @pytest.mark.parametrize(
     ("patch", "field", "message"),
     [
-        ({"recipient": "nobody"}, "recipient", "model: expected one of base, sft, dpo, got 'nobody'"),
+        ({"recipient": "nobody"}, "recipient", "model: expected one of base, sft, dpo, sft_kv, dpo_kv, got 'nobody'"),
         ({**SAFE, "donor": "nobody"}, "donor", "got 'nobody'"),
         ({**SAFE, "ranking": "none"}, "ranking", "ranking: expected one of first, second, got 'none'"),
         ({**SAFE, "window": [5, 3]}, "window", "expected 0 <= lo <= hi, got [5, 3)"),
@@ -46,7 +46,11 @@ CALLED = {
         ({"recipient": "sft", "donor": "dpo"}, "ranking", "ranking, window is missing"),
         ({**SAFE, "donor": "mean:donor"}, "donor", "the ranking holds no donor_mean"),
         ({"recipient": "sft", "interventions": [{**SAFE}]}, "interventions.recipient", "unknown key recipient"),
-        ({"recipient": "sft", "interventions": TWO_DONORS}, "interventions", "2 donor models"),
+        (
+            {"recipient": "sft", "interventions": TWO_DONORS},
+            "interventions",
+            "interventions: expected at most one donor model, got",
+        ),
         ({**SAFE, "interventions": TWO_DONORS}, "donor", "expected in each of the interventions"),
         (7, None, "expected a table, got 7"),
     ],
