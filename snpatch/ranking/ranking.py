@@ -418,7 +418,7 @@ class Ranking:
         path = Path(schema.check_argument(path, str | Path, "ranking: path"))
         size: Size | None = schema.check_argument(shape() if callable(shape) else shape, Size | None, f"{path}: shape")
         kind = get_suffix(path)
-        if kind not in (*TORCH, *NUMPY, *TABLES) and (kind in ("", ".safetensors") or is_safetensors(path)):
+        if kind not in (*TORCH, *NUMPY, *TABLES) and (kind == ".safetensors" or is_safetensors(path)):
             ranking = cls._load_own(path)
         else:
             found = read_neurons(path)
