@@ -6,6 +6,7 @@ import sys
 import pytest
 from commands import GOLDEN, JUDGE, MODEL, PAIR, run, write_sweep_file
 
+import snpatch.experiments
 from snpatch.errors import ReceiptError
 from snpatch.experiments import NAMES
 from snpatch.sweeps import generation
@@ -319,6 +320,7 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
 def test_replicas_without_ray_name_the_package_to_install(capsys, prompts, ranking, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "snpatch.experiments.replicas", raising=False)
+    monkeypatch.delattr(snpatch.experiments, "replicas", raising=False)  # set by an earlier import
     path = write_sweep_file(tmp_path, prompts, ranking)
     code, _, err = run(capsys, "sweep", path, "--trust-config", "-o", tmp_path / "out", "--ray", 2)
     assert (code, "--ray: replicas need more packages: pip install 'ray>=" in err) == (2, True)

@@ -187,4 +187,4 @@ def test_log_of_the_library_goes_to_stderr_with_control_characters_escaped(capsy
     assert (code, out) == (2, "")
     assert err == "snpatch: a%\\u001b[1m b%\nsnpatch: serving\nsnpatch: error: stop\n"
     logger = logging.getLogger("snpatch")
-    assert (logger.handlers, logger.level, logger.propagate) == ([], logging.NOTSET, True)
+    assert (logger.handlers, logger.level, logger.propagate) == ([], logging.WARNING, True)

@@ -119,7 +119,7 @@ def test_weight_file_beside_the_used_one_is_refused_for_vllm(zoo, tmp_path):
     check_for_vllm(folder)  # vLLM, too, prefers safetensors
     (folder / "model.safetensors").rename(folder / "model.old.safetensors")
     load_in_transformers(folder)
-    with pytest.raises(SnpatchError, match=r"got model\.old\.safetensors beside pytorch_model\.bin"):
+    with pytest.raises(SnpatchError, match=r"got model\.old\.safetensors and pytorch_model\.bin"):
         check_for_vllm(folder)
 
 

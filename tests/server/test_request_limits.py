@@ -31,7 +31,7 @@ from snpatch.server import install, request_limits, routes, vllm_args
 from snpatch.server.patch_request import PatchRequest
 from snpatch.server.registry import PatchRegistry
 from snpatch.server.request_limits import body_fields, build_protocol
-from snpatch.server.state import InflightRequests, ServerState
+from snpatch.server.state import InflightRequests, ServerState, Turnstile
 from snpatch.server.sweep_endpoint import ClientSweep
 
 LAYERS, NEURONS, CONTEXT, SEATS = 32, 11008, 4096, 256  # of Llama-2-7B, and vLLM's max_num_seqs
@@ -88,6 +88,7 @@ def serve(app_and_state, engine, ranking, monkeypatch):
         state.registry.add("rankings", "safety", ranking)
         for name in ("request_quota", "body_quota", "upload_quota"):
             vars(state).pop(name, None)
+        state.bodies = Turnstile()  # a lock belongs to one event loop, and each test has its own
         return app, state
 
     return get
