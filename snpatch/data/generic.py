@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 from snpatch.data.dataset import Chat, Example
 from snpatch.data.formats import (
@@ -123,7 +123,7 @@ def parse_row(row: dict, column: str | None = None) -> Example | str:
     Raises:
         RowError: The row is invalid.
     """
-    field = column or _find_prompt_column(row)
+    field = column or _find_prompt_column(tuple(row))
     row = {name: _decode_chat(name, value) if _holds_chat(name, field) else value for name, value in row.items()}
     ignored = _check_other_columns(row, field, is_named=column is not None)
     if field is None:
@@ -202,13 +202,13 @@ def _parse_prompt(row: dict, field: str) -> tuple[Chat, str | None]:
     return _split_response(turns)
 
 
-def _find_prompt_column(names: Iterable[str]) -> str | None:
+@lru_cache(maxsize=256)  # it is called for each row, and rows of a file have the same columns
+def _find_prompt_column(names: tuple[str, ...]) -> str | None:
     """Return the column with the prompt; None if chosen and rejected contain it.
 
     Raises:
         RowError: The column is unclear.
     """
-    names = list(names)
     candidates = (
         _select(names, PREFERRED_COLUMNS[:1]) or _select(names, PREFERRED_COLUMNS[1:]) or _select(names, PROMPT_COLUMNS)
     )
@@ -230,13 +230,13 @@ def _find_prompt_column(names: Iterable[str]) -> str | None:
 
 def _find_prompt_error(names: Iterable[str]) -> str | None:
     try:
-        _find_prompt_column(names)
+        _find_prompt_column(tuple(names))
     except RowError as error:
         return str(error)
     return None
 
 
-def _select(names: list[str], choices: tuple[str, ...]) -> list[str]:
+def _select(names: Iterable[str], choices: tuple[str, ...]) -> list[str]:
     return [name for name in names if normalize_column(name) in choices]
 
 
@@ -343,7 +343,7 @@ def _build_example(
         raise RowError("chosen and rejected: expected conversations that begin with the same prompt, got none")
     if chosen and chosen == rejected:
         chosen, rejected, meta["no_pair"] = None, None, SAME_ANSWER
-    if response is not None and rejected is None and (label_columns := _select([*row], LABEL_COLUMNS)):
+    if response is not None and rejected is None and (label_columns := _select(row, LABEL_COLUMNS)):
         labels = {LABELS.get(str(row[name]).strip().lower()) for name in label_columns}
         if labels == {False}:
             response, rejected = None, response
