@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from snpatch.config import check_choice
 from snpatch.data.dataset import Dataset, Example, fingerprint_examples
 from snpatch.data.file_reader import find_files, get_suffix, read_rows
 from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
@@ -81,8 +82,7 @@ def load_dataset(
 def _get_format(format: str | None, column: str | None) -> Format:
     if format is None:
         return generic_format(column)
-    if format not in DATASETS:
-        raise SnpatchError(f"format: expected one of {', '.join(DATASETS)}, got {format!r}")
+    check_choice("format", format, tuple(DATASETS))
     if column:
         raise SnpatchError(f"column: expected none with format {format}, which has its own, got {column!r}")
     return DATASETS[format]

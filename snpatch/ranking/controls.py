@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from snpatch.errors import NotEnoughNeuronsError, SnpatchError
+from snpatch.config import check_choice
+from snpatch.errors import NotEnoughNeuronsError
 from snpatch.ranking.window import CONTROLS
 
 FREE_KEYS_END = 1.0  # random keys are smaller; those of the window's own neurons, in a disjoint draw, are not
@@ -11,8 +12,7 @@ FREE_KEYS_END = 1.0  # random keys are smaller; those of the window's own neuron
 
 def draw(own: Tensor, shape: tuple[int, int], *, seed: int, kind: str, disjoint: bool, fill_up: bool) -> Tensor:
     """Draw as many flat neuron indices as `own` [n] has; see Ranking.random_control."""
-    if kind not in CONTROLS:
-        raise SnpatchError(f"random_control: kind: expected one of {', '.join(CONTROLS)}, got {kind!r}")
+    check_choice("random_control: kind", kind, CONTROLS)
     n_layers, n_neurons = shape
     # The neurons with the smallest random keys are drawn. A disjoint control has the window's own after all others.
     keys = torch.rand(n_layers * n_neurons, generator=torch.Generator().manual_seed(seed))

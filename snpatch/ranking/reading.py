@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snpatch.data.file_reader import get_suffix, read_rows
-from snpatch.data.source_row import Columns, SourceRow, list_columns
+from snpatch.data.source_row import Columns, SourceRow, list_columns, normalize_column
 from snpatch.errors import SnpatchError, first_line, shown
 from snpatch.op.plan import UNRANKED
 from snpatch.utils.files import read_checkpoint
@@ -137,7 +137,8 @@ def _parse_value(value: object, path: Path, name: str | None = None, shape: Size
 def _parse_table(table: dict, path: Path) -> Neurons:
     """Parse columns, or the only list or matrix of a table; other keys must be known to be harmless."""
     names = {str(name): one for name, one in table.items() if not _is_note(str(name), one)}
-    shape = _parse_shape(next((names.pop(name) for name in list(names) if _fold(name) == "shape"), None), path)
+    shape_name = next((name for name in names if normalize_column(name) == "shape"), None)
+    shape = None if shape_name is None else _parse_shape(names.pop(shape_name), path)
     columns = _find_columns(names, path)
     if {"layer", "neuron"} <= columns.keys():
         _check_all_used(names, columns, path)
@@ -148,7 +149,7 @@ def _parse_table(table: dict, path: Path) -> Neurons:
         hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
         raise SnpatchError(f"{path}: {FORMS}, got a table of {list_columns(names)}{hint}")
     ((name, value),) = names.items()
-    return _parse_value(value, path, None if _fold(name) in UNNAMED_KEYS else _fold(name), shape)
+    return _parse_value(value, path, None if normalize_column(name) in UNNAMED_KEYS else normalize_column(name), shape)
 
 
 def _parse_matrix(array: Tensor, path: Path, name: str | None, shape: Size | None) -> Neurons:
@@ -276,7 +277,7 @@ def _find_columns(names: Iterable[str], path: Path) -> dict[str, str]:
     """Return field -> column. Two columns that may be the same field raise."""
     columns = {}
     for field, spellings in COLUMN_NAMES.items():
-        matching = [str(name) for name in names if _fold(str(name)) in spellings]
+        matching = [str(name) for name in names if normalize_column(name) in spellings]
         if len(matching) > 1:
             raise SnpatchError(f"{path}: expected one {field}, got the columns {', '.join(matching)}. Remove one.")
         if matching:
@@ -287,11 +288,8 @@ def _find_columns(names: Iterable[str], path: Path) -> dict[str, str]:
 def _check_all_used(names: Iterable[str], columns: dict[str, str], path: Path) -> None:
     """Raise for a column that could order or select neurons and is not known."""
     harmless = HARMLESS_COLUMNS + (BESIDE_SCORE if "score" in columns else ())
-    unknown = [
-        name
-        for name in names
-        if name not in columns.values() and _fold(name) not in harmless and not _fold(name).startswith("unnamed:")
-    ]
+    others = {name: normalize_column(name) for name in names if name not in columns.values()}
+    unknown = [name for name, kind in others.items() if kind not in harmless and not kind.startswith("unnamed:")]
     if unknown:
         raise SnpatchError(
             f"{path}: expected layer, neuron and score or rank, got the columns {list_columns(names)}. Rename the one "
@@ -302,11 +300,7 @@ def _check_all_used(names: Iterable[str], columns: dict[str, str], path: Path) -
 def _is_note(name: str, value: object) -> bool:
     """Return whether a key of a table describes the ranking: a single value under a known name."""
     is_list = isinstance(value, list | tuple) or (isinstance(value, Tensor | np.ndarray) and value.ndim > 0)
-    return _fold(name) in NOTE_KEYS and not is_list
-
-
-def _fold(name: str) -> str:
-    return name.strip().lower().replace(" ", "_").replace("-", "_")
+    return normalize_column(name) in NOTE_KEYS and not is_list
 
 
 def _is_whole(column: Tensor) -> bool:

@@ -4,7 +4,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
-from snpatch.errors import SnpatchError
+from snpatch.config import check_choice
 
 
 @cache
@@ -20,5 +20,5 @@ def list_models() -> list[str]:
 
 def check_paper_model(model: str | None) -> None:
     """Raise if a model is not one of the paper's."""
-    if model is not None and model not in list_models():
-        raise SnpatchError(f"published: expected one of {', '.join(list_models())}, got {model!r}")
+    if model is not None:
+        check_choice("published", model, list_models())

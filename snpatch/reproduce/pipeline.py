@@ -12,7 +12,7 @@ from typing import Any
 import tomli_w
 
 from snpatch import experiments
-from snpatch.config import EngineConfig
+from snpatch.config import EngineConfig, check_choice
 from snpatch.data import DATASETS
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.experiments.config import Contrast, build_experiment_config
@@ -105,8 +105,7 @@ class Pipeline:
         """Return the steps that run even if they are done: those in `only`, and `start` with all after it."""
         names = list(self.steps.steps)
         for name in (*only, *([start] if start else ())):
-            if name not in names:
-                raise SnpatchError(f"step: expected one of {', '.join(names)}, got {name!r}")
+            check_choice("step", name, names)
         return set(only) | set(names[names.index(start) :] if start else ())
 
     def run(

@@ -5,9 +5,9 @@ from all domains together; and it reverses the labels of SHP, here they are read
 and safety objectives are subsets of RewardBench, as published.
 """
 
+from snpatch.config import check_choice
 from snpatch.data import DATASETS
 from snpatch.data.prompt_set import PromptSet
-from snpatch.errors import SnpatchError
 from snpatch.utils.optional import require
 
 
@@ -46,6 +46,5 @@ OBJECTIVES: dict[str, PromptSet] = {
 
 def get_objective(name: str) -> PromptSet:
     """Return the preference data of an objective."""
-    if name not in OBJECTIVES:
-        raise SnpatchError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
+    check_choice("objective", name, tuple(OBJECTIVES))
     return OBJECTIVES[name]

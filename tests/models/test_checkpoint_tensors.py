@@ -123,12 +123,18 @@ def test_weight_file_beside_the_used_one_is_refused_for_vllm(zoo, tmp_path):
         check_for_vllm(folder)
 
 
+def move_to_torch_file(folder, safetensors_name: str, torch_name: str) -> dict[str, torch.Tensor]:
+    """Store a folder's tensors as a torch file, add a safetensors file of a ranking, and return the tensors."""
+    tensors = load_file(folder / safetensors_name)
+    (folder / safetensors_name).unlink()
+    save_file({"rank": torch.zeros(1)}, folder / "ranking.safetensors")
+    torch.save(tensors, folder / torch_name)
+    return tensors
+
+
 def test_fingerprint_covers_the_loaded_file_beside_other_safetensors(zoo, tmp_path):
     folder = write_variant(zoo("llama").folder, tmp_path / "bin", keep)
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    save_file({"rank": torch.zeros(1)}, folder / "ranking.safetensors")
-    torch.save(tensors, folder / "pytorch_model.bin")
+    tensors = move_to_torch_file(folder, "model.safetensors", "pytorch_model.bin")
     first = fingerprint_checkpoint(folder)
     torch.save({name: 2 * tensor for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
     assert fingerprint_checkpoint(folder) != first
@@ -137,10 +143,7 @@ def test_fingerprint_covers_the_loaded_file_beside_other_safetensors(zoo, tmp_pa
 def test_adapter_fingerprint_covers_the_loaded_file_beside_other_safetensors(zoo, tmp_path):
     folder = tmp_path / "adapter"
     shutil.copytree(zoo("llama").adapters["sft"][0], folder)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    (folder / "adapter_model.safetensors").unlink()
-    save_file({"rank": torch.zeros(1)}, folder / "ranking.safetensors")
-    torch.save(tensors, folder / "adapter_model.bin")
+    tensors = move_to_torch_file(folder, "adapter_model.safetensors", "adapter_model.bin")
     first = fingerprint_adapter(folder)
     torch.save({name: 2 * tensor for name, tensor in tensors.items()}, folder / "adapter_model.bin")
     assert fingerprint_adapter(folder) != first
