@@ -140,12 +140,20 @@ class Watch:
 
 
 def summarize(samples: list[dict]) -> dict:
-    """Return a process's samples and its least-squares growth in MB per 1,000 requests."""
+    """Return a process's samples and its least-squares growth in MB per 1,000 requests, with standard errors."""
     during = samples[1:-1]  # under load
-    halves = {"all": during, "second_half": during[len(during) // 2 :]}
-    growth = {
-        f"{kind}_{name}": float(np.polyfit([s["requests"] / 1000 for s in part], [s[f"{kind}_mb"] for s in part], 1)[0])
+    fits = {
+        f"{kind}_{name}": _fit_slope(part, f"{kind}_mb")
         for kind in ("rss", "pss")
-        for name, part in halves.items()
+        for name, part in {"all": during, "second_half": during[len(during) // 2 :]}.items()
     }
-    return {"growth_mb": growth, "before": samples[0], "after": samples[-1], "samples": during}
+    growth, errors = ({name: fit[i] for name, fit in fits.items()} for i in range(2))
+    ends = {"before": samples[0], "after": samples[-1]}
+    return {"growth_mb": growth, "growth_error_mb": errors, **ends, "samples": during}
+
+
+def _fit_slope(samples: list[dict], key: str) -> tuple[float, float]:
+    """Return the slope of a sampled value per 1,000 requests and its standard error."""
+    requests = [s["requests"] / 1000 for s in samples]
+    slopes, covariance = np.polyfit(requests, [s[key] for s in samples], 1, cov=True)
+    return float(slopes[0]), float(np.sqrt(covariance[0, 0]))

@@ -222,8 +222,8 @@ def attack_table(runs: list[Measurement]) -> str:
 def _attack(run: Measurement) -> str:
     i = run.info
     rows = [
-        (name, f"{p['before']['rss_mb']:.1f}", f"{p['after']['rss_mb']:.1f}", f"{p['growth_mb']['rss_all']:.3f}",
-         f"{p['growth_mb']['rss_second_half']:.3f}",
+        (name, f"{p['before']['rss_mb']:.1f}", f"{p['after']['rss_mb']:.1f}",
+         *(f"{p['growth_mb'][part]:.3f} ± {p['growth_error_mb'][part]:.3f}" for part in ("rss_all", "rss_second_half")),
          *(f"{p['before'][kind]} / {p['after'][kind]}" for kind in ("descriptors", "threads")))
         for name, p in i["processes"].items()
     ]  # fmt: skip
@@ -232,11 +232,11 @@ def _attack(run: Measurement) -> str:
     outcomes = ", ".join(f"{n:,} {OUTCOME_LABELS.get(name, name)}" for name, n in sorted(i["outcomes"].items()))
     health = "{median_ms:.0f} ms (median), {p99_ms:.0f} ms (99 %), {worst_ms:.0f} ms (worst)".format(**i["health"])
     return (
-        f"{table}\n\n{i['requests']:,} requests from {i['clients']} clients in {run.seconds / 60:.1f} minutes, with "
-        f"{i['slow_sockets']} slow sockets open: {outcomes}. Wrong responses: {len(i['faults'])}. `/health`: {health}, "
-        f"{i['health']['asked']:,} times. Afterwards {i['known']} known completions were exact, and the server held no "
-        f"resource of any request.\n\nServer, clients and `/health` share {i['cores']} cores; {run.machine}; "
-        f"{_versions(run, 'vllm', 'torch')}."
+        f"{table}\n\nGrowth: least squares over samples under load, ± standard error. {i['requests']:,} requests from "
+        f"{i['clients']} clients in {run.seconds / 60:.1f} minutes, with {i['slow_sockets']} slow sockets open: "
+        f"{outcomes}. Wrong responses: {len(i['faults'])}. `/health`: {health}, {i['health']['asked']:,} times. "
+        f"Afterwards {i['known']} known completions were exact, and the server held no resource of any request.\n\n"
+        f"Server, clients and `/health` share {i['cores']} cores; {run.machine}; {_versions(run, 'vllm', 'torch')}."
     )
 
 

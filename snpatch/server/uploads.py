@@ -20,7 +20,7 @@ from snpatch.patching.patch import Constant
 from snpatch.ranking.ranking import Ranking
 from snpatch.server.errors import InternalError, NameConflictError, PayloadTooLargeError
 from snpatch.server.registry import PatchRegistry, check_served_name, describe, load_ranking
-from snpatch.utils.files import atomic_write, check_writable, open_regular, write_text
+from snpatch.utils.files import atomic_write, check_writable, is_safetensors, open_regular, write_text
 
 LOADERS = {"rankings": load_ranking, "constants": Constant.load}
 MAX_UPLOADED_NAMES = 64  # rankings and constants together
@@ -136,6 +136,8 @@ class Uploads:
 
     def _load(self, kind: str, name: str, path: Path) -> Ranking | Constant:
         try:
+            if not is_safetensors(path):
+                raise SnpatchError(f"{path}: expected a safetensors file that {kind[:-1].title()}.save wrote")
             value = LOADERS[kind](path)
             self._registry.check_value(kind, name, value)
         except SnpatchError as error:  # the client knows the file by its name only

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-PROC = Path("/proc")
-ENDED_STATES = "ZX"  # in /proc/PID/stat: zombie, dead
-STOPPED_STATES = "Tt"  # stopped by a signal, or by a debugger
+from snpatch.utils.process_stat import read_process_stat
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class Process:
     @classmethod
     def current(cls) -> Self:
         """Return this process."""
-        stat = _read_stat(os.getpid())
-        return cls(socket.gethostname(), os.getpid(), _read_namespace(), None if stat is None else stat[1])
+        stat = read_process_stat(os.getpid())
+        return cls(socket.gethostname(), os.getpid(), _read_namespace(), None if stat is None else stat.started)
 
     def has_ended(self) -> bool:
         """Return True if the process has provably ended.
@@ -50,26 +48,19 @@ class Process:
             return True
         except PermissionError:
             pass
-        stat = _read_stat(self.pid)
-        return stat is not None and (stat[0] in ENDED_STATES or stat[1] != self.started)
+        stat = read_process_stat(self.pid)
+        return stat is not None and (stat.has_ended or stat.started != self.started)
 
     def is_stopped(self) -> bool:
         """Return True if the process is of our namespace and a signal or a debugger has stopped it."""
-        stat = _read_stat(self.pid) if self.namespace is not None and self.namespace == _read_namespace() else None
-        return stat is not None and stat[0] in STOPPED_STATES and stat[1] == self.started
+        if self.namespace is None or self.namespace != _read_namespace():
+            return False
+        stat = read_process_stat(self.pid)
+        return stat is not None and stat.is_stopped and stat.started == self.started
 
 
 def _read_namespace() -> str | None:
     try:
-        return f"{(PROC / 'sys/kernel/random/boot_id').read_text().strip()} {os.readlink(PROC / 'self/ns/pid')}"
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
         return None
-
-
-def _read_stat(pid: int) -> tuple[str, int] | None:
-    """Return state and start time of a process, or None if it is not visible."""
-    try:
-        fields = (PROC / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return fields[0], int(fields[19])

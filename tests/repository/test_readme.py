@@ -68,12 +68,13 @@ def test_attack_table_of_a_record_has_growth_outcomes_and_health(readme_table, t
     ends = [{"rss_mb": mb, "descriptors": 40, "threads": 9} for mb in (900.04, 901.26)]
     process = dict(zip(("before", "after"), ends, strict=True))
     process["growth_mb"] = {"rss_all": 0.0412, "rss_second_half": -0.0009}
+    process["growth_error_mb"] = {"rss_all": 0.0101, "rss_second_half": 0.0207}
     info = {"side": "attack", "requests": 30_000, "clients": 200, "slow_sockets": 100, "cores": 2, "known": 20}
     info |= {"faults": [], "outcomes": {"whole": 20_000, "left": 10_000}, "processes": {"EngineCore": process}}
     info["health"] = {"asked": 3600, "median_ms": 12.3, "p99_ms": 98.7, "worst_ms": 187.6}
     folder = write_record(tmp_path, {"extra_info": info, "stats": {"median": 270.0}})
     table = readme_table.tables(folder)["attack"]()
-    assert "| EngineCore | 900.0 | 901.3 | 0.041 | -0.001 | 40 / 40 | 9 / 9 |" in table
+    assert "| EngineCore | 900.0 | 901.3 | 0.041 ± 0.010 | -0.001 ± 0.021 | 40 / 40 | 9 / 9 |" in table
     assert "30,000 requests from 200 clients in 4.5 minutes" in table
     assert (
         "10,000 disconnected before the end, 20,000 complete streams with verified receipts. Wrong responses: 0."

@@ -190,8 +190,8 @@ def test_upload_can_be_used_and_deleted(offline, server, client):
         ("rankings/other", "half", 400, "expected a snpatch ranking, got constant"),
         ("constants/other", "second", 400, "expected a snpatch constant, got ranking"),
         ("pickles/other", "second", 404, "expected rankings or constants, got 'pickles'"),
-        ("rankings/other", b"", 400, "expected a ranking of snpatch (.safetensors)"),
-        ("rankings/other", b"\x80\x04cos\nsystem\n.", 400, "expected a ranking of snpatch (.safetensors)"),
+        ("rankings/other", b"", 400, "expected a safetensors file that Ranking.save wrote"),
+        ("rankings/other", b"\x80\x04cos\nsystem\n.", 400, "expected a safetensors file that Ranking.save wrote"),
         ("rankings/other", b"x" * (2 << 20), 413, "body: expected at most"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from snpatch import SnpatchError
 from snpatch.sweeps import owners, queue
 from snpatch.sweeps.owners import Process
+from snpatch.utils.process_stat import ProcessStat, read_process_stat
 from snpatch.sweeps.queue import WorkQueue
 from snpatch.sweeps.store import STORE_FILE, Store, StoredCompletion
 
@@ -179,8 +180,8 @@ def test_process_has_ended_only_with_proof(change, has_ended):
 @pytest.mark.skipif(MINE.namespace is None, reason="needs /proc, which proves that a process has ended")
 def test_zombie_process_has_ended():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    stat = owners._read_stat(child.pid)
-    process = replace(MINE, pid=child.pid, started=stat[1])
+    stat = read_process_stat(child.pid)
+    process = replace(MINE, pid=child.pid, started=stat.started)
     assert not process.has_ended()
     child.kill()
     wait_until(process.has_ended)
@@ -191,7 +192,8 @@ def test_containers_with_equal_host_name_keep_their_leases(tmp_path, monkeypatch
     """Share host name and process numbers: only the heartbeat shows that the other process is alive."""
     monkeypatch.setattr(owners, "_read_namespace", lambda: "boot pid:[1]")
     monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
-    monkeypatch.setattr(owners, "_read_stat", lambda pid: ("S", 5) if pid == 2**22 + 1 else None)
+    stats = {2**22 + 1: ProcessStat("S", 1, 5)}
+    monkeypatch.setattr(owners, "read_process_stat", stats.get)
     first = Store(tmp_path).__enter__()
     first.queue.enqueue(["a"])
     assert first.queue.claim(1) == ["a"]

@@ -30,7 +30,7 @@ class ChildProcesses:
         self._temporary = TemporaryFolder(root if len(root) <= MAX_FOLDER_CHARS else "/tmp")
         self.folder = self._temporary.path
         self._older = {child.pid for child in multiprocessing.active_children()}
-        self._start_times: dict[int, str] = {}  # of each process that was seen
+        self._start_times: dict[int, int] = {}  # of each process that was seen
         self._shared: set[str] = set()
         self._has_started = threading.Event()
         threading.Thread(target=self._poll, daemon=True, name="snpatch-child-processes").start()

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from snpatch.errors import SnpatchError
+from snpatch.utils.process_stat import read_process_stat
 
 PARENT_VARIABLE = "SNPATCH_PARENT"  # id of the client process, for the processes that it starts
 ERROR_FILE_VARIABLE = "SNPATCH_REASON"  # path of the file for the error that prevents a start
@@ -59,22 +60,18 @@ def descendants(roots: Iterable[int]) -> list[int]:
     """Return the ids of these processes and of all their descendants."""
     children = defaultdict(list)
     for process in filter(str.isdecimal, os.listdir("/proc")):
-        if fields := _read_stat(int(process)):
-            children[int(fields[1])].append(int(process))
+        if stat := read_process_stat(int(process)):
+            children[stat.parent].append(int(process))
     processes = list(roots)
     for process in processes:  # grows in the loop
         processes += children[process]
     return processes
 
 
-def start_time(process: int) -> str | None:
-    """Return when a process started, in clock ticks since the machine's start.
-
-    Return None if it does not run any more. A zombie does not run. A later process with the same id has another start
-    time.
-    """
-    fields = _read_stat(process)
-    return fields[19] if fields and fields[0] not in "ZX" else None
+def start_time(process: int) -> int | None:
+    """Return when a process started, in clock ticks since the machine's start; None if it does not run any more."""
+    stat = read_process_stat(process)
+    return stat.started if stat and not stat.has_ended else None
 
 
 def kill(process: int) -> None:
@@ -121,12 +118,3 @@ def _watch_parent(parent: int, engine: int) -> None:
     if engine != parent and os.getppid() == engine:
         os.kill(engine, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _read_stat(process: int) -> list[str]:
-    """Return state, parent and further numbers of a process; empty if it does not exist."""
-    try:
-        with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []

@@ -7,7 +7,7 @@ By default glibc returns the memory of large activations at every free, and the 
 
 import ctypes
 
-REQUESTS_PER_TRIM = 1000  # a trim takes 2 to 16 ms
+REQUESTS_PER_TRIM = 100  # a trim takes 2 to 16 ms
 # Parameters of glibc's mallopt: return the heap's top above 1 GiB only, extend it by 64 MiB, never map a block alone.
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4
 KEEP_FREED = {TRIM_THRESHOLD: 2**30, TOP_PAD: 2**26, MMAP_MAX: 0}
