@@ -14,9 +14,9 @@ import pytest
 from snpatch import SnpatchError
 from snpatch.sweeps import owners, queue
 from snpatch.sweeps.owners import Process
-from snpatch.utils.process_stat import ProcessStat, read_process_stat
 from snpatch.sweeps.queue import WorkQueue
 from snpatch.sweeps.store import STORE_FILE, Store, StoredCompletion
+from snpatch.utils.process_stat import ProcessStat, read_process_stat
 
 TEXT = StoredCompletion("a b", [1, 2], "eos", 3)
 HOLDING = """
