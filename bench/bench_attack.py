@@ -28,7 +28,7 @@ from snpatch import Constant
 
 REQUESTS = int(os.environ.get("SNPATCH_BENCH_REQUESTS", 30_000))
 EVERY = max(1, min(100, REQUESTS // 100))  # requests between two samples of the processes
-RECORDED = 10  # one of so many samples is written to the record
+RECORD_EVERY = 10  # samples; the others are not written to the record
 HEALTH_S = 0.05  # between two requests of /health
 KNOWN = SERVED[:20]
 MEAN, STD = 0.5 * VALUES, 0.2 * VALUES.abs()
@@ -141,7 +141,7 @@ class Watch:
 
 
 def summarize(samples: list[dict]) -> dict:
-    """Return a process's samples and its least-squares growth in MB per 1,000 requests, with standard errors."""
+    """Return a process's samples and the least-squares growth of its memory in MB per 1,000 requests."""
     during = samples[1:-1]  # under load
     fits = {
         f"{kind}_{name}": _fit_slope(part, f"{kind}_mb")
@@ -150,7 +150,7 @@ def summarize(samples: list[dict]) -> dict:
     }
     growth, errors = ({name: fit[i] for name, fit in fits.items()} for i in range(2))
     ends = {"before": samples[0], "after": samples[-1]}
-    return {"growth_mb": growth, "growth_error_mb": errors, **ends, "samples": during[::RECORDED]}
+    return {"growth_mb": growth, "growth_error_mb": errors, **ends, "samples": during[::RECORD_EVERY]}
 
 
 def _fit_slope(samples: list[dict], key: str) -> tuple[float, float]:

@@ -1,3 +1,4 @@
+import gc
 import os
 from functools import cache
 
@@ -5,6 +6,7 @@ from functools import cache
 os.environ["OMP_NUM_THREADS"] = "1"
 for name, value in {
     "TRITON_INTERPRET": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # compiling one helper of vLLM's sampler takes each process 7 s; see `compilation`
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -14,8 +16,19 @@ for name, value in {
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 from commands import prompts, ranking  # noqa: E402, F401
-from in_process import in_process, start  # noqa: E402, F401
+from in_process import compilation, in_process, start  # noqa: E402, F401
 from serving import RUNNING, client, offline, server  # noqa: E402, F401
+
+
+def pytest_runtest_setup(item):
+    """Take all objects out of garbage collection before a test that may start an engine.
+
+    vLLM collects garbage about eight times in each process of an engine, in 0.3 s each if all modules take part, and
+    puts them back when the engine ends.
+    """
+    if item.get_closest_marker("engine") and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_runtest_teardown(item, nextitem):

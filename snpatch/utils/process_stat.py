@@ -23,12 +23,12 @@ class ProcessStat(NamedTuple):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the process runs no more: a zombie has ended."""
+        """True if the process runs no more: a zombie has ended."""
         return self.state in ENDED_STATES
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a signal or a debugger has stopped the process."""
+        """True if a signal or a debugger has stopped the process."""
         return self.state in STOPPED_STATES
 
 

@@ -495,7 +495,7 @@ def test_patched_glu_on_meta_tensors_gives_shape_and_dtype(dtype):
     assert (out.device.type, tuple(out.shape), out.dtype) == ("meta", (12, 10), dtype)
 
 
-def test_patched_glu_compiled_equals_eager():
+def test_patched_glu_compiled_equals_eager(compilation):
     """Mutations of four arguments survive functionalization."""
     tensors = make_case(9, 33)
     expected_out, expected = run(ops.patched_glu, tensors, SETTING)

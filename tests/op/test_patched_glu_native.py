@@ -306,7 +306,7 @@ class Layer(torch.nn.Module):
         return ops.patched_glu(gate_up, *buffers, activation="silu", streams=2, layer=0)
 
 
-def test_patched_glu_full_graph_compile_with_separate_tensors_per_layer():
+def test_patched_glu_full_graph_compile_with_separate_tensors_per_layer(compilation):
     tensors = case(6, 60, 2, torch.float32)
     eager = torch.nn.Sequential(Layer(tensors), torch.nn.Linear(60, 120), Layer(tensors)).requires_grad_(False)
     compiled = torch.nn.Sequential(Layer(tensors), eager[1], Layer(tensors))

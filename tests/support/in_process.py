@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import tiny
 import torch
+import torch._dynamo
 from transformers.models.olmo2.modeling_olmo2 import Olmo2Model
 from transformers.models.olmo3.modeling_olmo3 import Olmo3Model
 
@@ -23,6 +24,13 @@ def in_process():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield
+
+
+@pytest.fixture
+def compilation(monkeypatch):
+    """Switch torch.compile on, here and in processes that start later."""
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def descendants(roots: Iterable[int]) -> list[int]:
 
 
 def start_time(process: int) -> int | None:
-    """Return when a process started, in clock ticks since the machine's start; None if it does not run any more."""
+    """Return when a process started, in clock ticks since the machine's start; None if it has ended."""
     stat = read_process_stat(process)
     return stat.started if stat and not stat.has_ended else None
 

@@ -35,7 +35,10 @@ from snpatch import Engine
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 GPU = torch.cuda.is_available()
-pytestmark = pytest.mark.skipif(not (GPU or os.environ.get("SNPATCH_REHEARSAL")), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not (GPU or os.environ.get("SNPATCH_REHEARSAL")), reason="needs a GPU"),
+    pytest.mark.usefixtures("compilation"),
+]
 
 SMALL = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32}
 SMALL |= {"gpu_memory_utilization": 0.3} if GPU else {}

@@ -76,7 +76,7 @@ def test_step_with_secondary_weights_reads_nothing_on_the_host(pairs, start, mon
         assert_reads_nothing_on_the_host(engine, monkeypatch, SAME_WEIGHTS_JOBS[:1])
 
 
-def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(pairs, start):
+def test_compiled_engine_matches_two_models_and_rejects_one_set_of_weights(compilation, pairs, start):
     tiny_pair = pairs("qwen3")
     engine = start(tiny_pair, enforce_eager=False, max_interventions=3)
     assert_matches_two_models(engine, tiny_pair, is_across=True)

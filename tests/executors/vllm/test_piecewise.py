@@ -17,7 +17,7 @@ from jobs import JOBS, assert_equals_oracle, generate
 from snpatch import Engine
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("compilation")]
 OPTIONS = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "block_size": 32, "enforce_eager": False}
 
 

@@ -47,7 +47,7 @@ def start(tiny_model, **options) -> Engine:
 
 
 @pytest.mark.full
-def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(zoo):
+def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(compilation, zoo):
     """A mixed batch, statistics and captures with the neurons split over two workers; then the engine is killed."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
