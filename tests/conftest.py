@@ -16,6 +16,7 @@ for name, value in {
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 from commands import prompts, ranking  # noqa: E402, F401
+from forked import forked  # noqa: E402, F401
 from in_process import compilation, in_process, start  # noqa: E402, F401
 from serving import RUNNING, client, offline, server  # noqa: E402, F401
 

@@ -118,7 +118,7 @@ async def collect_results(tiny_model) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(zoo):
+def results(forked, zoo):
     tiny_model = zoo("llama")
     return {"tiny_model": tiny_model, **asyncio.run(collect_results(tiny_model))}
 

@@ -175,8 +175,8 @@ def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder
 @pytest.mark.parametrize(
     "names", [["curve"], pytest.param(["curve", "perplexity", "safeguard"], marks=pytest.mark.full)], ids=len
 )
-def test_experiments_on_vllm_give_the_same_tables(folder, demo_config, tmp_path, names):
-    """Both engines and both runners of the cost model, in processes of their own, as a user has them."""
+def test_experiments_on_vllm_give_the_same_tables(forked, folder, demo_config, tmp_path, names):
+    """Both engines and both runners of the cost model, in processes of their own."""
     command = ["exp", *names, "--config", demo_config, "-o", tmp_path, "--backend", "vllm"]
     cli.app([*map(str, command), "--limit", str(LIMIT)], standalone_mode=False)
     for name in names:

@@ -96,7 +96,7 @@ def test_bad_engine_arguments_raise(tmp_path, arguments, message):
         ScoreModel(tmp_path, backend="vllm", **arguments)
 
 
-def test_judge_next_to_an_engine_crashes_without_ending_the_engine():
+def test_judge_next_to_an_engine_crashes_without_ending_the_engine(forked):
     """Both run in their own processes; calls of a killed judge raise, and the other engine continues."""
     prompts = PROMPTS * 3
     options = {"backend": "vllm", "enforce_eager": True}  # compiling both takes half a minute, and is tested elsewhere

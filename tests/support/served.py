@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import torch
+from forked import forked_processes
 
 # Routes of the tests.
 RESOURCES, MISCOUNT, SPOIL = (f"/v1/snpatch/{name}" for name in ("resources", "miscount", "spoil"))
@@ -127,7 +128,8 @@ def main() -> None:
         return routes
 
     plain_router, server_routes.build_router = server_routes.build_router, build_router
-    cli.program()
+    with forked_processes():
+        cli.program()
 
 
 if __name__ == "__main__":

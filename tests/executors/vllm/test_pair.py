@@ -121,7 +121,7 @@ def test_statistics_and_captures_in_a_full_batch_are_per_request(pairs, start):
     assert_equals_oracle(tiny_pair, jobs, cached)
 
 
-def test_two_workers_match_two_hooked_models(pairs):
+def test_two_workers_match_two_hooked_models(forked, pairs):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
     tiny_pair = pairs("gemma2")

@@ -47,7 +47,7 @@ def start(tiny_model, **options) -> Engine:
 
 
 @pytest.mark.full
-def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(compilation, zoo):
+def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(compilation, forked, zoo):
     """A mixed batch, statistics and captures with the neurons split over two workers; then the engine is killed."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("two workers need two cores")
@@ -74,7 +74,7 @@ def test_two_compiled_workers_match_the_oracle_and_a_crash_raises(compilation, z
     wait_for(lambda: not any(b"VLLM" in command_line(pid) for pid in descendants(os.getpid())), 10)
 
 
-def test_sweep_after_killed_engine_continues_with_a_new_one(zoo, tmp_path, caplog):
+def test_sweep_after_killed_engine_continues_with_a_new_one(forked, zoo, tmp_path, caplog):
     """vLLM's engine is killed during generation; no completion is missing or generated twice."""
     chats = [[{"role": "user", "content": prompt}] for prompt in tiny.PROMPTS]
     config = SweepConfig(("base",), "dpo", (0, 60, 200), controls=1, resamples=20,
