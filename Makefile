@@ -13,22 +13,22 @@ unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, and each would c
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, in two halves at once that take about equally long.
+# Tests run on one thread each, in two halves at once that take about equally long, beside lint.
 TESTS := $(sort $(wildcard tests/test_*.py tests/*/test_*.py tests/*/*/test_*.py))
 HALF := $(filter tests/op/% tests/executors/% tests/engine/% tests/judges/% tests/reproduce/% tests/repository/% \
   tests/sweeps/test_replicas.py,$(TESTS))
 OTHER := $(filter-out $(HALF),$(TESTS))
-BOTH := @$(MAKE) --no-print-directory -j2 --keep-going --output-sync HALF OTHER
+ALL := @$(MAKE) --no-print-directory -j3 --keep-going --output-sync lint HALF OTHER
 
-test: lint
-	$(BOTH) SELECT='not full'
+test: $(READY)
+	$(ALL) SELECT='not full'
 
 # Tests without vLLM engines; `quick` also skips tests that take seconds.
-check: lint
-	$(BOTH) SELECT='not full and not engine'
+check: $(READY)
+	$(ALL) SELECT='not full and not engine'
 
-quick: lint
-	$(BOTH) SELECT='not full and not engine and not slow'
+quick: $(READY)
+	$(ALL) SELECT='not full and not engine and not slow'
 
 # Also whole grids, long fuzz runs and rehearsals, with coverage.
 test-full: lint
