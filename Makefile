@@ -7,18 +7,19 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 export TOKENIZERS_PARALLELISM := false
 unexport PYTHONDONTWRITEBYTECODE  # tests start many processes, and each would compile the package again
 
-.PHONY: demo test quick check test-full HALF OTHER test-vllm lint format wheel asan triton36
+.PHONY: demo test quick check test-full ENGINES SERVERS OTHERS test-vllm lint format wheel asan triton36
 .PHONY: bench-op bench-generate bench-pair bench-sweep bench-serve bench-attack bench-zeroing bench-report bench-reproduce readme gpu-check clean
 
 demo: $(READY)
 	$(BIN)/snpatch demo
 
-# Tests run on one thread each, in two halves at once that take about equally long, beside lint.
+# Tests run on one thread each: three groups at once, because engines, servers and killed processes are often waited
+# for, and lint.
 TESTS := $(sort $(wildcard tests/test_*.py tests/*/test_*.py tests/*/*/test_*.py))
-HALF := $(filter tests/op/% tests/executors/% tests/engine/% tests/judges/% tests/reproduce/% tests/repository/% \
-  tests/sweeps/test_replicas.py,$(TESTS))
-OTHER := $(filter-out $(HALF),$(TESTS))
-ALL := @$(MAKE) --no-print-directory -j3 --keep-going --output-sync lint HALF OTHER
+ENGINES := $(filter tests/op/% tests/executors/% tests/engine/% tests/judges/%,$(TESTS))
+SERVERS := $(filter tests/server/% tests/experiments/% tests/cli/% tests/integrations/% tests/sweeps/%,$(TESTS))
+OTHERS := $(filter-out $(ENGINES) $(SERVERS),$(TESTS))
+ALL := @$(MAKE) --no-print-directory -j4 --keep-going --output-sync ENGINES SERVERS OTHERS lint
 
 test: $(READY)
 	$(ALL) SELECT='not full'
@@ -34,7 +35,7 @@ quick: $(READY)
 test-full: lint
 	$(BIN)/python -m pytest --durations=25 --cov=snpatch --cov-report=term:skip-covered
 
-HALF OTHER: $(READY)
+ENGINES SERVERS OTHERS: $(READY)
 	$(BIN)/python -m pytest --durations=25 -m "$(SELECT)" $($@)
 
 lint: $(READY)

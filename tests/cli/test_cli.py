@@ -20,12 +20,12 @@ from snpatch.data import load_dataset
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=pytest.mark.engine)])
-def test_contrast_then_generate_then_sweep(capsys, monkeypatch, prompts, tmp_path, backend):
+def test_contrast_then_generate_then_sweep(request, capsys, prompts, tmp_path, backend):
     ranking = tmp_path / "safety.safetensors"
     common = [MODEL, prompts, *ADAPTERS, "--backend", backend, "--batch-size", 8]
     if backend == "vllm":
         pytest.importorskip("vllm", reason="vLLM is not installed")
-        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the processes have tests of their own
+        request.getfixturevalue("in_process")  # the processes have tests of their own
         common += ["--engine-arg", "kv_cache_memory_bytes=33554432", "--engine-arg", "max_rankings=4"]
     code, out, err = run(capsys, "contrast", *common, "--recipient", "sft", "--donor", "dpo", "-o", ranking,
                          "--max-tokens", 24, "--no-exclude-layers", "--json")  # fmt: skip

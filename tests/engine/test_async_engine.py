@@ -7,6 +7,7 @@ import signal
 import oracle
 import pytest
 import torch
+from forked import forked_processes
 from jobs import IDS, JOBS, RANKINGS, SHAPE, VALUES, Job
 from processes import command_line, descendants
 
@@ -118,9 +119,10 @@ async def collect_results(tiny_model) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(forked, zoo):
+def results(zoo):
     tiny_model = zoo("llama")
-    return {"tiny_model": tiny_model, **asyncio.run(collect_results(tiny_model))}
+    with forked_processes():
+        return {"tiny_model": tiny_model, **asyncio.run(collect_results(tiny_model))}
 
 
 def test_concurrent_callers_get_oracle_completions(results):

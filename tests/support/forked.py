@@ -30,8 +30,8 @@ def forked_processes() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def forked():
-    """Let vLLM fork in the tests of a file."""
+    """Let vLLM fork in a test."""
     with forked_processes():
         yield

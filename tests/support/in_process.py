@@ -40,7 +40,8 @@ def in_process():
 def compilation(monkeypatch):
     """Switch torch.compile on, here and in processes that start later."""
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "0")
-    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    with torch._dynamo.config.patch(disable=False):
+        yield
 
 
 @contextmanager

@@ -6,6 +6,7 @@ its engine ends before the client process can abort its requests and continue.
 
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import defaultdict
@@ -39,7 +40,14 @@ def ignore_ctrl_c() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _read_temporary_folder_again() -> None:
+    """Let a forked process of vLLM use TMPDIR, the folder of its engine, and not the folder that its parent cached."""
+    if _client_process():
+        tempfile.tempdir = None
+
+
 os.register_at_fork(after_in_child=ignore_ctrl_c)
+os.register_at_fork(after_in_child=_read_temporary_folder_again)
 
 
 @contextmanager

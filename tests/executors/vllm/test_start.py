@@ -43,7 +43,7 @@ def temporary(tmp_path, monkeypatch):  # tmp_path: pytest creates its folder bef
 
 
 @pytest.mark.engine
-def test_start_with_nan_in_a_weight_raises_one_line(zoo, tmp_path, temporary):
+def test_start_with_nan_in_a_weight_raises_one_line(forked, zoo, tmp_path, temporary):
     """On a CPU vLLM packs a linear layer's weight and empties it, so NaN could not be found afterwards."""
     shutil.copytree(zoo("llama").folder, tmp_path / "model")
     path, name = tmp_path / "model" / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
@@ -77,7 +77,7 @@ def test_killed_engine_leaves_only_its_log(zoo, temporary):
 
 
 @pytest.mark.engine
-def test_failed_start_reports_vllms_error_and_log(zoo, temporary):
+def test_failed_start_reports_vllms_error_and_log(forked, zoo, temporary):
     cause = "ValueError: No available memory for the cache blocks"
     with pytest.raises(SnpatchError, match=rf"^vLLM does not start: {cause}.+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
