@@ -173,7 +173,7 @@ def copy_changed(tmp_path, source, change):
 
 
 def damage(name, change):
-    """A change to one safetensors file: change(tensors) in place."""
+    """Return a change to one safetensors file: change(tensors) in place."""
 
     def apply(folder):
         tensors = load_file(folder / name)

@@ -281,7 +281,7 @@ def test_generated_file_gives_prompts_and_completions(tmp_path):
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    """A line of 1000 bytes, and of compressed files 1000 bytes or 10 times their size."""
+    """Return a line of 1000 bytes, and of compressed files 1000 bytes or 10 times their size."""
     monkeypatch.setattr(file_reader, "MAX_LINE_BYTES", 1000)
     monkeypatch.setattr(file_reader, "MAX_EXPANSION", 10)
 

@@ -57,7 +57,7 @@ def user(text):
 
 
 def load_row(tmp_path, name, row):
-    """The single example of a row."""
+    """Return the single example of a row."""
     (example,) = load_dataset(write(tmp_path, name, ".jsonl", [row]), format=name).examples
     return example
 

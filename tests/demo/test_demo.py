@@ -297,7 +297,7 @@ def test_build_rejects_folder_with_other_content(tmp_path):
 
 @pytest.fixture(scope="module")
 def recorded_curve() -> Report:
-    """The report of the demo in bench/results."""
+    """Return the report of the demo in bench/results."""
     record = json.loads((ROOT / "bench" / "results" / "demo" / "curve.json").read_text())
     return Report("curve", {"curve": record["rows"]}, {}, TableView((), ()), record["headline"])
 

@@ -17,7 +17,7 @@ SHAPE = (tiny.LAYERS, tiny.NEURONS)
 
 
 def ones(folder, out, **values):
-    """An IA3 adapter of ones but for the given layer's."""
+    """Return an IA3 adapter of ones but for the given layer's."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     vectors = {(layer, "down_proj"): torch.ones(tiny.NEURONS) for layer in range(tiny.LAYERS)}
     for layer, value in values.items():
@@ -28,7 +28,7 @@ def ones(folder, out, **values):
 
 @pytest.fixture(scope="module")
 def engine(zoo, tmp_path_factory):
-    """base; same: scales of 1; last: another last layer; untrained: a LoRA whose B is 0."""
+    """Yield an engine with models same (scales of 1), last (another last layer) and untrained (a LoRA whose B is 0)."""
     folder, out = zoo("llama").folder, tmp_path_factory.mktemp("degenerate")
     lora = tiny.write_lora(folder, out)
     path = lora / "adapter_model.safetensors"

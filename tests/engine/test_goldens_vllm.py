@@ -33,7 +33,7 @@ NAMES = sorted({name.rsplit(".", 1)[0] for name in RUNS})
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The model, and the same model with another EOS token."""
+    """Return the model, and the same model with another EOS token."""
     eos = tmp_path_factory.mktemp("eos") / "model"
     shutil.copytree(HOME / "eos_variant", eos)
     shutil.copy(HOME / "model" / "model.safetensors", eos)

@@ -30,7 +30,7 @@ SHAPE = (2, 10)
 
 
 def order(*flat: int) -> Ranking:
-    """A ranking of these neurons of two layers of ten, best first."""
+    """Return a ranking of these neurons of two layers of ten, best first."""
     return Ranking.from_order(torch.tensor([[i // 10, i % 10] for i in flat]), SHAPE)
 
 

@@ -143,7 +143,7 @@ def folder(tmp_path_factory, oracles):
 
 @pytest.fixture(scope="module")
 def evaluate(folder):
-    """Function that returns lm-eval's results on the tasks, without its report on the machine, which takes seconds."""
+    """Yield a function that evaluates the tasks with lm-eval, without its report on the machine, that takes seconds."""
     manager = TaskManager(include_path=str(folder), include_defaults=False)
 
     def run(model, tasks=TASKS, **options):
@@ -249,7 +249,7 @@ def test_each_kind_of_request_is_one_engine_call(engine, evaluate, monkeypatch):
 
 @pytest.fixture(scope="module")
 def model_args(llama, adapters, tmp_path_factory):
-    """The model of PATCHES as lm-eval's model arguments."""
+    """Return the model of PATCHES as lm-eval's model arguments."""
     ranking = tmp_path_factory.mktemp("ranking") / "ranking.safetensors"
     RANKINGS[0].save(ranking)
     adapters_text = ";".join(f"{name}={'+'.join(folders)}" for name, folders in adapters.items())

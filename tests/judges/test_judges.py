@@ -250,7 +250,7 @@ def test_refusal_fingerprint_depends_on_words_and_not_on_marks():
 
 
 def shout(prompts, completions):
-    """A judge by import path."""
+    """Return a judge by import path."""
     return [float(len(text)) for text in completions]
 
 

@@ -82,7 +82,7 @@ WIDTHS = {"down_proj": tiny.NEURONS, "k_proj": tiny.KV_HEADS * tiny.HEAD_DIM, "v
 
 
 def save_adapter(kind, folder: Path, out: Path, **options) -> Path:
-    """An adapter that PEFT wrote, with random numbers in all that it trains."""
+    """Return an adapter that PEFT wrote, with random numbers in all that it trains."""
     defaults = {"target_modules": ["down_proj"], "task_type": "CAUSAL_LM"}
     defaults |= {"r": 4, "lora_alpha": 6} if kind is LoraConfig else {"feedforward_modules": ["down_proj"]}
     if kind is IA3Config and options.get("target_modules") == ["k_proj"]:
@@ -111,7 +111,7 @@ def save_with_field(kind, folder: Path, out: Path, field: str, value: object, wr
 
 
 def by_peft(folder: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """The weights that PEFT merges when it loads a folder."""
+    """Return the weights that PEFT merges when it loads a folder."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), str(adapter))
     return {name: weight.detach() for name, weight in model.merge_and_unload().named_parameters()}
 

@@ -44,7 +44,7 @@ def with_adapter(zoo, lora, tmp_path):
 
 @pytest.fixture
 def model(zoo, tmp_path):
-    """A copy of the tiny Llama, with a chat template of its own."""
+    """Return a copy of the tiny Llama, with a chat template of its own."""
     folder = tmp_path / "model"
     shutil.copytree(zoo("llama").folder, folder)
     (folder / TEMPLATE_FILE).write_text(OWN)
@@ -329,7 +329,7 @@ def test_invalid_template_variables_raise_one_line_error(model, variables, messa
 
 @pytest.fixture
 def hub(zoo, lora, tmp_path, monkeypatch):
-    """A hub's cache: org/sft has an IA3 adapter, org/tuned LoRA in a folder, at another revision."""
+    """Return a hub's cache: org/sft has an IA3 adapter, org/tuned LoRA in a folder, at another revision."""
     for name, revision, below, folder in (
         ("sft", "main", "", zoo("llama").adapters["sft"][0]),
         ("tuned", "v2", "runs/last", lora),

@@ -97,7 +97,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A folder that examples overwrite."""
+    """Return a folder that examples overwrite."""
     return tmp_path_factory.mktemp("ground")
 
 

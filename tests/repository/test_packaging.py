@@ -76,7 +76,7 @@ def test_wheel_contains_the_demo_model_and_the_page_assets(distributions):
 
 @pytest.fixture
 def empty_environment(tmp_path):
-    """The bin/ of a new environment that holds pip and PyTorch's CPU build, as .ci/setup_env.py installs it."""
+    """Yield the bin/ of a new environment that holds pip and PyTorch's CPU build, as .ci/setup_env.py installs it."""
     spec = importlib.util.spec_from_file_location("setup_env", ROOT / ".ci" / "setup_env.py")
     setup_env = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup_env)

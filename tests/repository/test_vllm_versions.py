@@ -85,7 +85,7 @@ def test_linked_checkout_provides_the_plugins_entry_point(script, tmp_path):
 
 @pytest.fixture
 def root(script, monkeypatch, tmp_path):
-    """The script with an empty checkout and recorded commands; sys.argv requests 0.24.0."""
+    """Return the script with an empty checkout and recorded commands; sys.argv requests 0.24.0."""
     commands = []
     monkeypatch.setattr(script, "ROOT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["test_vllm.py", "0.24.0"])

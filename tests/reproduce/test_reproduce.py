@@ -70,7 +70,7 @@ lora_targets = ["k_proj", "o_proj"]
 
 @pytest.fixture
 def small_preset(tmp_path):
-    """A preset file with two trainings and three experiments on the demo model, and a new output folder."""
+    """Return a preset file with two trainings and three experiments on the demo model, and a new output folder."""
     path = tmp_path / "small.toml"
     path.write_text(SMALL_PRESET)
     return path, tmp_path / "out"

@@ -21,7 +21,7 @@ EXAMPLES = Path(snpatch.server.__file__).parent / "examples"
 
 @pytest.fixture(scope="module")
 def patch_server(offline, server):
-    """The server with the ranking `safety`, which the examples use."""
+    """Yield the server with the ranking `safety`, which the examples use."""
     body = (offline.folder / "first.safetensors").read_bytes()
     assert httpx.put(f"{server.url}/v1/snpatch/rankings/safety", content=body).status_code == 201
     yield server

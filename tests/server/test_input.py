@@ -236,7 +236,7 @@ def is_good(data: object) -> bool:
 
 @pytest.fixture
 def checked_server(offline, server, client):
-    """The server; after the test its completions are still exact and it holds nothing."""
+    """Yield the server; after the test its completions are still exact and it holds nothing."""
     yield server
     for job in DONOR_JOBS:
         assert complete(client, job).choices[0].token_ids == oracle_completion(offline.tiny_model, job).ids

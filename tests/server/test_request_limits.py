@@ -50,7 +50,7 @@ JSON = {"content-type": "application/json"}
 
 @pytest.fixture(scope="module")
 def engine(zoo):
-    """The tiny model's engine, not started, with the shapes of Llama-2-7B."""
+    """Return the tiny model's engine, not started, with the shapes of Llama-2-7B."""
     tiny_model = zoo("llama")
     adapters = {name: list(tiny_model.adapters[name]) for name in ("sft", "dpo")}
     engine = AsyncEngine.from_config(EngineConfig.of(tiny_model.folder, adapters, template="tulu", max_interventions=8))

@@ -93,7 +93,7 @@ def test_reading_client_gets_whole_stream():
 
 @pytest.fixture
 def sweep():
-    """A sweep without an engine, whose events a test sets."""
+    """Return a sweep without an engine, whose events a test sets."""
     sweep = ClientSweep.__new__(ClientSweep)
     sweep._state = SimpleNamespace(sweeps=set())
     return sweep

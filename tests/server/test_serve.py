@@ -172,7 +172,7 @@ def test_vllm_features_work_with_patch(client):
 
 @pytest.fixture
 def miscounting_server(server):
-    """A server whose workers report fewer overwrites than they did."""
+    """Yield a server whose workers report fewer overwrites than they did."""
     server.post(MISCOUNT, {})
     yield server
     server.post(MISCOUNT, {})

@@ -48,7 +48,7 @@ def run(capsys, *arguments):
 
 
 def write_sweep_file(tmp_path, prompts, ranking, **sweep):
-    """A sweep's file with two sets, two strengths and an engine of its own."""
+    """Return a sweep's file with two sets, two strengths and an engine of its own."""
     adapters = {"sft": str(GOLDEN / "adapters/sft"), "dpo": [str(GOLDEN / f"adapters/{n}") for n in ("sft", "dpo")]}
     spec = {
         "model": MODEL, "adapters": adapters, "template": "tulu", "engine": {"backend": "transformers"},

@@ -60,7 +60,7 @@ RUNNING: list[Server] = []  # servers that conftest.py stops
 
 @pytest.fixture(scope="session")
 def offline(zoo, tmp_path_factory):
-    """The tiny model's files, the offline engine's completions (of MANY, seeded, of a chat), and a guard."""
+    """Return the tiny model's files, the offline engine's completions (of MANY, seeded, of a chat), and a guard."""
     tiny_model, folder = zoo("llama"), tmp_path_factory.mktemp("served")
     for name, ranking in zip(("first", "second"), RANKINGS, strict=True):
         ranking.save(folder / f"{name}.safetensors")
@@ -101,7 +101,7 @@ def serve_options(tiny_model, folder) -> list[str]:
 
 @pytest.fixture(scope="session")
 def server(offline, tmp_path_factory):
-    """A server with every file and patch that the tests name; it must exit without errors."""
+    """Yield a server with every file and patch that the tests name; it must exit without errors."""
     folder = tmp_path_factory.mktemp("server")
     patches = ["--patch=safe=recipient=sft,donor=dpo,ranking=first,k=60", "--patch=kept=recipient=sft,guard=guard"]
     guard = [f"--guard={offline.folder / 'guard.safetensors'}"]

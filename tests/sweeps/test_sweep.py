@@ -262,7 +262,7 @@ def test_sweep_without_or_with_overlapping_controls(engine, ranking):
 
 @pytest.fixture(scope="module")
 def overlapping(engine, ranking):
-    """A sweep with a window that leaves too few neurons in a layer, [0, 600), and one that leaves none, [0, 1408)."""
+    """Return a sweep with a window that leaves too few neurons in a layer, [0, 600), and one with all, [0, 1408)."""
     return run(engine, ranking, windows=(70, 600, 1408), controls=3)
 
 

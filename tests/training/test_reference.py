@@ -34,7 +34,7 @@ toy = pytest.fixture(scope="module")(toys.toy)
 
 @pytest.fixture(scope="module")
 def with_keys(toy, tmp_path_factory):
-    """An IA3 adapter of plain PEFT on keys, values and neurons."""
+    """Return an IA3 adapter of plain PEFT on keys, values and neurons."""
     folder = tmp_path_factory.mktemp("keys") / "sft"
     modules = ["k_proj", "v_proj", "down_proj"]
     config = IA3Config(task_type="CAUSAL_LM", target_modules=modules, feedforward_modules=["down_proj"])
@@ -49,7 +49,7 @@ def with_keys(toy, tmp_path_factory):
 
 @pytest.fixture
 def built(monkeypatch):
-    """Function that returns the trainer of `train_dpo(...)` before its first step."""
+    """Return a function that returns the trainer of `train_dpo(...)` before its first step."""
 
     def build(*arguments):
         trainers = []

@@ -47,7 +47,7 @@ toy = pytest.fixture(scope="module")(toys.toy)
 
 @pytest.fixture(scope="module")
 def dpo_training(toy, tmp_path_factory):
-    """A DPO adapter on SFT: its folder, figures, and the arguments of each `on_step` call."""
+    """Return a DPO adapter on SFT: its folder, figures, and the arguments of each `on_step` call."""
     out, steps = tmp_path_factory.mktemp("trained") / "dpo", []
     figures = train_dpo(
         toy.base, toy.sft(), PAIRS, out, toys.dpo_settings(epochs=6), on_step=lambda *step: steps.append(step)

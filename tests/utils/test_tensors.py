@@ -24,7 +24,7 @@ RANK = torch.arange(6, dtype=torch.int32).view(2, 3)
 
 
 def ia3(folder, tensor, suffix="safetensors"):
-    """An IA3 folder of one layer."""
+    """Return an IA3 folder of one layer."""
     folder.mkdir(exist_ok=True)
     config = {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -35,7 +35,7 @@ def ia3(folder, tensor, suffix="safetensors"):
 
 
 def lora(folder, a, b, **config):
-    """A LoRA folder on the weight `w.weight`."""
+    """Return a LoRA folder on the weight `w.weight`."""
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, **config}))
     tensors = {f"base_model.model.w.lora_{side}.weight": matrix for side, matrix in (("A", a), ("B", b))}

@@ -91,7 +91,7 @@ def llama(zoo):
 
 @pytest.fixture(scope="module")
 def engine(start):
-    """The engine of every test below that does not need its own."""
+    """Return the engine of every test below that does not need its own."""
     return start("llama", max_num_batched_tokens=512, max_num_seqs=48)
 
 
@@ -585,7 +585,7 @@ def test_soak_of_random_requests_with_aborts_leaves_nothing(llama, start, num_ba
 
 @pytest.fixture(scope="module")
 def eos_engines(llama, start, tmp_path_factory):
-    """An engine whose EOS is a token that sft generates, and the same on transformers."""
+    """Return an engine whose EOS is a token that sft generates, and the same on transformers."""
     texts = [oracle.generate(oracle.model(*llama.checkpoints["sft"]), ids, 10).ids for ids in IDS]
     token = max({t for text in texts for t in text}, key=lambda t: len({x.index(t) for x in texts if t in x[:9]}))
     tiny_model = llama.with_eos(token, tmp_path_factory.mktemp("ended") / "model")

@@ -103,7 +103,7 @@ def test_float32_in_each_graph_mode_matches_transformers(zoo, start, mode):
 
 @pytest.fixture(scope="module")
 def bf16(tmp_path_factory):
-    """A Llama with heads of 64, which FlashAttention supports; oracle and engine load its bfloat16 weights."""
+    """Return a Llama with heads of 64, which FlashAttention supports; oracle and engine load its bfloat16 weights."""
     folder = tmp_path_factory.mktemp("bf16")
     model = AutoModelForCausalLM.from_config(tiny.config("llama", head_dim=64), dtype=torch.float32)
     tiny.init_weights(model, 1)

@@ -112,7 +112,7 @@ def lengths(prompts, completions):
 
 @pytest.fixture
 def client(zoo):
-    """A client process that starts an engine."""
+    """Yield a client process that starts an engine."""
     tiny_model = zoo("llama")
     adapters = {name: [str(f) for f in folders] for name, folders in tiny_model.adapters.items()}
     child = Path(__file__).parents[2] / "support" / "vllm_child.py"

@@ -97,7 +97,7 @@ def record_fields(record) -> dict:
 
 @pytest.fixture
 def state(engine):
-    """A ModelState with its own tables, next to the engine's."""
+    """Return a ModelState with its own tables, next to the engine's."""
     from snpatch.executors.vllm.worker import runners
     from snpatch.executors.vllm.worker.op_tables import OpTables
     from snpatch.executors.vllm.worker.request_tracker import RequestTracker
