@@ -41,7 +41,7 @@ def ignore_ctrl_c() -> None:
 
 
 def _read_temporary_folder_again() -> None:
-    """Let a forked process of vLLM use TMPDIR, the folder of its engine, and not the folder that its parent cached."""
+    """Let a forked process of vLLM use TMPDIR, its engine's folder, instead of its parent's folder."""
     if _client_process():
         tempfile.tempdir = None
 
