@@ -17,7 +17,7 @@ demo: $(READY)
 # for, and lint.
 TESTS := $(sort $(wildcard tests/test_*.py tests/*/test_*.py tests/*/*/test_*.py))
 ENGINES := $(filter tests/op/% tests/executors/% tests/engine/% tests/judges/%,$(TESTS))
-SERVERS := $(filter tests/server/% tests/experiments/% tests/cli/% tests/integrations/% tests/sweeps/%,$(TESTS))
+SERVERS := $(filter tests/server/% tests/experiments/% tests/cli/% tests/integrations/%,$(TESTS))
 OTHERS := $(filter-out $(ENGINES) $(SERVERS),$(TESTS))
 ALL := @$(MAKE) --no-print-directory -j4 --keep-going --output-sync ENGINES SERVERS OTHERS lint
 

@@ -15,7 +15,8 @@ from snpatch.executors.vllm import processes
 from snpatch.executors.vllm.temporary import TemporaryFolder
 
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_NAMES = ("psm_", "sem.mp-", "sem.loky-", "vllm_dist_", "-cpushm")  # Python's, joblib's, and vLLM's on a CPU
+TRACKED_NAMES = ("psm_", "sem.mp-", "sem.loky-")  # of Python and joblib, with an entry in Python's resource tracker
+SHARED_NAMES = (*TRACKED_NAMES, "vllm_dist_", "-cpushm")  # and of vLLM on a CPU
 MAX_FOLDER_CHARS = 53  # of the temporary folder: the path of a socket has at most 107
 POLL_SECONDS = 0.5
 KILL_SECONDS = 5.0  # how long to wait for killed processes to end
@@ -125,6 +126,8 @@ def _remove_shared(name: str) -> None:
     try:
         SHARED_MEMORY.joinpath(name).unlink()
     except FileNotFoundError:
+        return
+    if not name.startswith(TRACKED_NAMES):
         return
     semaphore = name.removeprefix("sem.")
     kind = "shared_memory" if semaphore == name else "semaphore"

@@ -84,6 +84,15 @@ def test_failed_start_reports_vllms_error_and_log(forked, zoo, temporary):
     assert "when initializing the engine" in Path(re.search(r"its log: (\S+)\)", str(error.value))[1]).read_text()
 
 
+def test_removing_vllms_shared_memory_prints_nothing():
+    """A name of vLLM's on a CPU holds an address; Python's resource tracker splits its messages at colons."""
+    path = SHARED / f"127.0.0.1:{os.getpid()}-cpushm"
+    path.touch()
+    program = f"from snpatch.executors.vllm import child_processes as c; c._remove_shared({path.name!r})"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stderr, path.exists()) == (0, "", False)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SnpatchError, RuntimeError])
 def test_failed_start_ends_processes_and_removes_their_files(temporary, error):
     from snpatch.executors.vllm.engine_lifecycle import engine_startup
