@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
-from snpatch.models.hub import resolve_revision
+from snpatch.models.hub import resolve_model_folder, resolve_revision
 
 RUST_PANIC = "PanicException"  # raised by Rust libraries; it is not an Exception
 UNKNOWN_CHARACTER = "a \uf8ff"  # in no vocabulary
+PROBE_TEXT = "How do I a b  c\n d?"
+TOKENIZER_FILE = "tokenizer.json"
 UPGRADE = "if it is of a newer {0} than the installed one, pip install -U {0}"
 REMEDIES = {  # loader -> what to do if it cannot read a file
     "AutoConfig": f"Check its config.json; {UPGRADE.format('transformers')}.",
@@ -37,6 +39,7 @@ def load_pretrained(loader, model: str | Path, **arguments):
         loaded = loader.from_pretrained(folder, **arguments)
         if loader.__name__ == "AutoTokenizer":
             _check_tokenizer(loaded)
+            _check_tokenizer_class(loaded, model)
         return loaded
 
 
@@ -99,6 +102,30 @@ def _check_tokenizer(tokenizer) -> None:
     if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, int | float):
         raise ValueError(f"model_max_length: expected a number, got {tokenizer.model_max_length!r}")
     tokenizer(UNKNOWN_CHARACTER)
+
+
+def _check_tokenizer_class(tokenizer, model: str | Path) -> None:
+    """Raise for a tokenizer whose class reads texts in another way than its tokenizer.json.
+
+    For some classes transformers replaces the steps of tokenizer.json by the steps of that class. A byte-level
+    tokenizer then loses every space. transformers knows such models by their hub names, but not copies of them.
+    """
+    from tokenizers import Tokenizer
+
+    path = resolve_model_folder(model, has_weights=False) / TOKENIZER_FILE
+    if not tokenizer.is_fast or not path.is_file():
+        return
+    file_tokenizer = Tokenizer.from_file(str(path))
+    ids = tokenizer(PROBE_TEXT, add_special_tokens=False)["input_ids"]
+    file_ids = file_tokenizer.encode(PROBE_TEXT, add_special_tokens=False).ids
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
+    file_text = file_tokenizer.decode(file_ids, skip_special_tokens=False).strip()
+    if ids != file_ids and text != file_text:  # a different space at the beginning changes no word
+        raise SnpatchError(
+            f"{model}: expected a tokenizer_class that follows its {TOKENIZER_FILE}, got "
+            f"{type(tokenizer).__name__}, which reads {PROBE_TEXT!r} as {text!r} and not as {file_text!r}. Set tokenizer_class to "
+            "PreTrainedTokenizerFast in its tokenizer_config.json."
+        )
 
 
 @contextmanager

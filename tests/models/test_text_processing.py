@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import tiny
 from commands import run
-from tokenizers import processors
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import models as bpe
 from transformers import AutoTokenizer
 
 from snpatch import Engine, EngineConfig, Sampling, SnpatchError
@@ -16,6 +17,7 @@ from snpatch.models.hub import resolve_adapter_folder
 from snpatch.models.loaded_models import LoadedModels
 from snpatch.models.lora import load_lora
 from snpatch.models.notes import Notes
+from snpatch.models.pretrained import load_pretrained
 from snpatch.models.templates import TEMPLATE_FILE, TULU
 from snpatch.models.text_processing import load_text_processors
 
@@ -55,6 +57,28 @@ def load_models(model, arguments: dict, **options) -> LoadedModels:
     return LoadedModels(
         EngineConfig.of(model, arguments.get("adapters"), models=arguments.get("models", {}), **options)
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "is_accepted"),
+    [("LlamaTokenizerFast", False), ("LlamaTokenizer", False), ("PreTrainedTokenizerFast", True)],
+)
+def test_tokenizer_class_that_contradicts_tokenizer_json_is_rejected(model, name, is_accepted):
+    """transformers gives the class LlamaTokenizer its own steps: a byte-level tokenizer then loses all spaces."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(bpe.BPE({letter: i for i, letter in enumerate(["<s>", "</s>", *letters])}, []))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.save(str(model / "tokenizer.json"))
+    config = {"tokenizer_class": name, "bos_token": "<s>", "eos_token": "</s>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    if is_accepted:
+        tokenizer = load_pretrained(AutoTokenizer, model)
+        assert tokenizer.decode(tokenizer("a b")["input_ids"]) == "a b"
+    else:
+        with pytest.raises(
+            SnpatchError, match="tokenizer_class that follows its tokenizer.json, got Llama.*'HowdoIabcd"
+        ):
+            load_pretrained(AutoTokenizer, model)
 
 
 KINDS = ["ia3", "lora"]
