@@ -51,6 +51,7 @@ def contrast(
     """
     from snpatch.data import read_completions
     from snpatch.engine.contrast import COMPLETION_POSITIONS, EXCLUDED_LAYERS
+    from snpatch.ranking.ranking import check_ranking_suffix
     from snpatch.utils.files import check_writable
 
     chats = prompts.data.prompts
@@ -58,6 +59,7 @@ def contrast(
         raise SnpatchError(f"--completions: expected --positions {' or '.join(COMPLETION_POSITIONS)}, got {positions}")
     texts = read_completions(completions, prompts.limit, chats, prompts.column) if completions else None
     check_writable(out)
+    check_ranking_suffix(out)
     with o.open_engine(config) as engine, o.progress_bar("contrast") as progress:
         ranking = engine.contrast(
             chats,

@@ -123,8 +123,8 @@ def _check_tokenizer_class(tokenizer, model: str | Path) -> None:
     if ids != file_ids and text != file_text:  # a different space at the beginning changes no word
         raise SnpatchError(
             f"{model}: expected a tokenizer_class that follows its {TOKENIZER_FILE}, got "
-            f"{type(tokenizer).__name__}, which reads {PROBE_TEXT!r} as {text!r} and not as {file_text!r}. Set tokenizer_class to "
-            "PreTrainedTokenizerFast in its tokenizer_config.json."
+            f"{type(tokenizer).__name__}, which reads {PROBE_TEXT!r} as {text!r} and not as {file_text!r}. "
+            "Set tokenizer_class to PreTrainedTokenizerFast in its tokenizer_config.json."
         )
 
 

@@ -38,7 +38,9 @@ TEMPLATE_FILE = "chat_template.jinja"  # file in an adapter's folder: the templa
 
 TULU = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>\n' }}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('role: expected one of system, user, assistant for the Tulu template, got ' "
+    "+ message['role']) }}{% endif %}{{ '<|' + message['role'] + '|>\n' }}"
     "{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] | trim + eos_token }}{% endgeneration %}"
     "{% else %}{{ message['content'] | trim }}{% endif %}"

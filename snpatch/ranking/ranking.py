@@ -395,7 +395,11 @@ class Ranking:
 
         Args:
             path: The file.
+
+        Raises:
+            SnpatchError: The file's suffix is that of another format, which `load` would read it as.
         """
+        check_ranking_suffix(path)
         tensors = {"rank": self.rank, **self.moments}
         if self.scores is not None:
             tensors["scores"] = self.scores
@@ -552,3 +556,9 @@ def _differs(statistics: Statistics, neurons: Tensor) -> bool:
     """Return whether activations of the two models differ by more than rounding."""
     sums = statistics.sums.transpose(0, 1).flatten(1)[:, neurons]  # [5, n]
     return not len(neurons) or bool(sums[4].max() > (sums[1] + sums[3]).max() * ROUNDING**2)
+
+
+def check_ranking_suffix(path: str | Path) -> None:
+    """Raise for a file that `Ranking.save` would write and `Ranking.load` would read in another format."""
+    if (suffix := get_suffix(Path(path))) in (*TABLES, *NUMPY, *TORCH):
+        raise SnpatchError(f"{path}: expected a name that ends in .safetensors, got {suffix}. Rename it.")

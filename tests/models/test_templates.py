@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from jinja2.exceptions import TemplateError
 
 from snpatch import SnpatchError
 from snpatch.judges.score_format import ScoreFormat
@@ -198,3 +199,11 @@ def test_fingerprint_differs_between_templates_and_tokenizers(tokenizer):
     assert ChatTemplate("tulu", tiny.tokenizer(eos="<pad>")).fingerprint != first
     tokenizer.chat_template = "{{ 'another' }}"
     assert ChatTemplate("tokenizer", tokenizer).fingerprint != first
+
+
+@pytest.mark.parametrize("role", ["usr", "tool", "User"])
+def test_source_of_tulu_refuses_unknown_roles(role):
+    """vLLM's server renders the source itself, without render_tulu."""
+    chat = [{"role": role, "content": "bana"}]
+    with pytest.raises(TemplateError, match=f"expected one of system, user, assistant .* got {role}"):
+        tiny.tokenizer().apply_chat_template(chat, chat_template=TULU, tokenize=False)

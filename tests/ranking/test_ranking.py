@@ -469,3 +469,12 @@ def test_top_per_layer_keeps_order():
     assert order(ranking.top_per_layer(9)) == order(ranking)
     with pytest.raises(SnpatchError, match="top_per_layer: k: expected at least 1, got 0"):
         ranking.top_per_layer(0)
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.json", "r.npy", "r.pt"])
+def test_save_under_the_suffix_of_another_format_raises(tmp_path, name):
+    ranking = Ranking.from_scores(torch.rand(2, 3))
+    with pytest.raises(SnpatchError, match=r"expected a name that ends in \.safetensors, got \.\w+"):
+        ranking.save(tmp_path / name)
+    ranking.save(tmp_path / "r.safetensors")
+    assert Ranking.load(tmp_path / "r.safetensors").fingerprint == ranking.fingerprint
