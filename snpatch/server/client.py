@@ -18,6 +18,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from snpatch.errors import OverflowedError, ReceiptError, SnpatchError
 from snpatch.executors.base import Output, Request
 from snpatch.executors.request_rows import collect_resources
+from snpatch.executors.vllm import versions
 from snpatch.executors.vllm.codec import EngineRequest
 from snpatch.executors.vllm.engine_settings import KEY
 from snpatch.executors.vllm.slots import SlotLease
@@ -29,6 +30,7 @@ from snpatch.server.state import ServerState
 from snpatch.utils.optional import require
 
 CONSTRAINTS = ("json", "regex", "choice", "grammar", "structural_tag")  # of vLLM's StructuredOutputsParams
+GRAMMARS_SINCE = (0, 28)  # of vLLM's versions that were run, the first whose engine survives an invalid grammar
 UNVERIFIED_REASONS = ("abort", "error")  # finish reasons of completions whose receipt cannot be checked
 
 
@@ -145,7 +147,7 @@ class PatchedClient:
         return 1 + (requested if requested >= 0 else self.engine.geometry.vocab_size)
 
     def _check_constraint(self, params: SamplingParams) -> None:
-        """Raise for a grammar whose compilation would block the server and the engine."""
+        """Raise for a grammar whose compilation would block the server and the engine, or end the engine."""
         limit, constraints = self.state.config.max_grammar_chars, params.structured_outputs
         for name in CONSTRAINTS if constraints is not None else ():
             grammar = getattr(constraints, name, None)
@@ -156,6 +158,12 @@ class PatchedClient:
                     f"{length}. Simplify it.",
                     field="structured_outputs",
                 )
+        if constraints is not None and (versions.minor() or GRAMMARS_SINCE) < GRAMMARS_SINCE:
+            raise SnpatchError(
+                f"structured output: expected vLLM {'.'.join(map(str, GRAMMARS_SINCE))} or newer, got "
+                f"{versions.installed()}, whose engine ends at a grammar that it cannot compile. Update vLLM.",
+                field="structured_outputs",
+            )
 
     def _generate(self, generation: _Generation) -> AsyncGenerator[RequestOutput, None]:
         return self._generate_one(generation) if generation.params.n == 1 else self._generate_several(generation)

@@ -757,6 +757,7 @@ def test_mixture_of_experts_raises(start, tmp_path):
         start(tiny_model, allow_untested=True)
 
 
+@pytest.mark.skipif(VERSION < (0, 28), reason="this vLLM's hybrid models need Triton")
 def test_one_stream_patches_a_hybrid_model_with_constants(start, tmp_path):
     """State-space layers have a gated MLP as well; two streams raise an error that names the alternative."""
     tiny_model = other_model("falcon_h1", tmp_path, mamba_d_ssm=64, mamba_n_heads=2, mamba_d_head=32, mamba_d_state=16)

@@ -78,7 +78,7 @@ def test_killed_engine_leaves_only_its_log(zoo, temporary):
 
 @pytest.mark.engine
 def test_failed_start_reports_vllms_error_and_log(forked, zoo, temporary):
-    cause = "ValueError: No available memory for the cache blocks"
+    cause = "ValueError: (No available memory for the cache blocks|To serve at least one request)"  # before 0.29
     with pytest.raises(SnpatchError, match=rf"^vLLM does not start: {cause}.+ \(its log: \S+\.log\)$") as error:
         Engine(zoo("llama").folder, backend="vllm", max_num_seqs=16, kv_cache_memory_bytes=1)
     assert "when initializing the engine" in Path(re.search(r"its log: (\S+)\)", str(error.value))[1]).read_text()
