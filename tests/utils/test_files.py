@@ -57,6 +57,11 @@ def test_first_line_of_empty_message_is_error_type():
     assert first_line(OSError()) == "OSError"
 
 
+def test_first_line_of_key_error_names_the_key():
+    assert first_line(KeyError("x")) == "unknown or missing key 'x'"
+    assert first_line(KeyError()) == "KeyError"
+
+
 def test_load_pretrained_empty_message_is_one_line():
     class Loader:
         @staticmethod
