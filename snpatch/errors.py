@@ -51,7 +51,10 @@ def is_unicode(text: str) -> bool:
 
 def shown(value: object) -> str:
     """Return the repr of a value, shortened for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers above sys.get_int_max_str_digits()
+        text = f"{type(value).__name__} with too many digits to show"
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 

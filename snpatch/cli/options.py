@@ -88,7 +88,7 @@ def parse_sources(entries: list[str] | None, option: str, default_name: Callable
 
 
 def file_stem(source: str) -> str:
-    """Return the default name of a file or folder: a folder's whole name, because its dots are not a suffix."""
+    """Return the default name of a file (without its suffix) or of a folder (whole)."""
     path = Path(source)
     return path.name if path.is_dir() else path.stem
 

@@ -65,7 +65,10 @@ def score_all(
 
 
 def _parse_scores(scores: Any, name: str) -> list[float]:
-    """Return a judge's scores as floats. Sets and dicts raise, because their order is not the completions'."""
+    """Return a judge's scores as floats.
+
+    Sets and dicts raise, because their order is not that of the completions.
+    """
     is_ordered = isinstance(scores, Iterable) and not isinstance(scores, str | bytes | Mapping | Set)
     if not is_ordered or getattr(scores, "ndim", 1) != 1:
         raise _broken_judge(name, scores)

@@ -319,6 +319,13 @@ def test_open_judge_with_misspelled_folder_suggests_similar_one_without_network(
             open_judge(spec)
 
 
+def test_open_judge_with_misspelled_name_suggests_refusal_without_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(SnpatchError, match=r"judge refusals: no such folder. Did you mean refusal\? For the hub"):
+        open_judge("refusals")
+
+
 def test_score_all_checks_every_score():
     judges = {"shout": shout, "refusal": RefusalWords()}
     assert score_all(judges, ["x", "y"], ["abc", "i cannot"]) == {"shout": [3.0, 8.0], "refusal": [1.0, -1.0]}
@@ -353,11 +360,12 @@ def test_score_all_checks_every_score():
         torch.ones(2, 1).numpy(),
         torch.tensor(1.0),
         [10**400, 1],
+        [10**5000, 1],
         [None, 1.0],
         [[1.0], [2.0]],
         [1j, 2j],
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_score_all_without_one_number_per_completion_raises(scores):
     with pytest.raises(BrokenJudgeError, match="judge 'bad': expected one number a completion, got ") as caught:
