@@ -51,7 +51,10 @@ def is_unicode(text: str) -> bool:
 
 def shown(value: object) -> str:
     """Return the repr of a value, shortened for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers above sys.get_int_max_str_digits()
+        text = f"{type(value).__name__} with too many digits to show"
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
@@ -134,7 +137,9 @@ def unknown_name(kind: str, name: object, known: Iterable[str], field: str | Non
 def first_line(error: BaseException) -> str:
     """Return the first line of another library's error, and the second if the first ends with a colon.
 
-    An error without a message is described by its type.
+    An error without a message is described by its type, and a KeyError by its key, which is all that it holds.
     """
+    if isinstance(error, KeyError) and error.args:
+        return f"unknown or missing key {shown(error.args[0])}"
     first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {others[0]}" if first.endswith(":") and others else first

@@ -88,8 +88,9 @@ def parse_sources(entries: list[str] | None, option: str, default_name: Callable
 
 
 def file_stem(source: str) -> str:
-    """Return the default name of a file."""
-    return Path(source).stem
+    """Return the default name of a file (without its suffix) or of a folder (whole)."""
+    path = Path(source)
+    return path.name if path.is_dir() else path.stem
 
 
 def command_line() -> str:

@@ -27,6 +27,7 @@ KINDS = (".jsonl", ".json", ".csv", ".parquet", *TEXT_SUFFIXES)
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # metadata files of the `datasets` library
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+DELIMITERS = (";", "\t")  # of CSV files that are not read
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 MESSAGE_KEYS = {"role", "from"}  # of messages, with either of which a list is a chat and not a column
 MAX_LINE_BYTES = 2**26  # of a line or CSV field; the csv module's default of 131072 is less than some published fields
@@ -286,6 +287,7 @@ def _read_csv(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sourc
             return
         if len(set(header)) < len(header):
             raise SnpatchError(f"{path}: two columns have one name ({', '.join(header)})")
+        _check_delimiter(path, header, columns)
         check_columns(path, header, columns)
         number = reader.line_num + 1
         for cells in reader:
@@ -294,6 +296,18 @@ def _read_csv(path: Path, stream: IO[bytes], columns: Columns) -> Iterator[Sourc
             number = reader.line_num + 1
     except csv.Error as error:
         raise SnpatchError(f"{path}, line {number}: not CSV: {error}") from error
+
+
+def _check_delimiter(path: Path, header: list[str], columns: Columns) -> None:
+    """Raise a SnpatchError for a header with another delimiter, unless it is a required column."""
+    is_required = find_column_error(header, columns) is None and find_column_error((), columns) is not None
+    if len(header) == 1 and not is_required:
+        for delimiter in DELIMITERS:
+            if delimiter in header[0]:
+                raise SnpatchError(
+                    f"{path}: expected columns separated by ',', got {header[0][:80]!r}, separated by {delimiter!r}. "
+                    "Convert it to commas."
+                )
 
 
 def _build_csv_row(path: Path, number: int, header: list[str], cells: list[str]) -> SourceRow:

@@ -50,8 +50,8 @@ def is_turns_column(name: str) -> bool:
 
 
 def list_columns(columns: Iterable[str]) -> str:
-    """Return column names separated by commas, at most MAX_LISTED_COLUMNS of them."""
-    names = [one_line(str(name)) for name in columns]
+    """Return column names separated by commas, at most MAX_LISTED_COLUMNS of them; '' is an unnamed one."""
+    names = [one_line(str(name)) or "''" for name in columns]
     more = f" and {len(names) - MAX_LISTED_COLUMNS} more" if len(names) > MAX_LISTED_COLUMNS else ""
     return ", ".join(names[:MAX_LISTED_COLUMNS]) + more or "none"
 

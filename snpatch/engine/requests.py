@@ -207,15 +207,12 @@ class Requests:
         value = value.tolist() if hasattr(value, "tolist") and not isinstance(value, Bytes) else value
         if not isinstance(value, list | tuple | range) or any(isinstance(i, str | list | tuple | Set) for i in value):
             raise SnpatchError(f"{name}: expected {expected}, got {shown(value)}")
-        try:
-            ids = [-1 if isinstance(i, bool) else operator.index(i) for i in value]
-        except TypeError:
-            ids = [-1]
-        size = self._geometry.vocab_size
-        if wrong := [i for i in ids if not 0 <= i < size]:
-            is_known = size <= wrong[0] < len(tokenizer)
-            got = f"{wrong[0]} ({tokenizer.convert_ids_to_tokens(wrong[0])!r})" if is_known else "another value"
-            raise SnpatchError(f"{name}: expected token ids in 0..{size - 1}, got {got}")
+        ids, size = list(map(_to_id, value)), self._geometry.vocab_size
+        index = next((index for index, i in enumerate(ids) if not 0 <= i < size), None)
+        if index is not None:
+            is_known = size <= ids[index] < len(tokenizer)
+            token = f" ({tokenizer.convert_ids_to_tokens(ids[index])!r})" if is_known else ""
+            raise SnpatchError(f"{name}: expected token ids in 0..{size - 1}, got {shown(value[index])}{token}")
         return ids
 
     @staticmethod
@@ -435,3 +432,11 @@ def _texts_in(value: object) -> Iterator[str]:
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _texts_in(item)
+
+
+def _to_id(value: Any) -> int:
+    """Return an integer of any type, or -1, which is no token id."""
+    try:
+        return -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return -1

@@ -121,6 +121,8 @@ class SnpatchLM(TemplateLM):
         self, requests: Sequence[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether greedy decoding gives it."""
+        if not requests:
+            return []
         continuations = [continuation for _, _, continuation in requests]
         contexts = self._truncate([context for _, context, _ in requests], list(map(len, continuations)))
         with _progress_bar("log-likelihoods", len(requests), disable_tqdm) as progress:
@@ -138,11 +140,13 @@ class SnpatchLM(TemplateLM):
             rolling = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, context_len=1)
             windows_by_text.append([(None, *make_disjoint_window(window)) for window in rolling])
         windows = list(chain.from_iterable(windows_by_text))
-        results = iter(self._loglikelihood_tokens(windows, disable_tqdm) if windows else ())
+        results = iter(self._loglikelihood_tokens(windows, disable_tqdm))
         return [sum(next(results)[0] for _ in text_windows) for text_windows in windows_by_text]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return a completion of each context, up to the first of its `until` strings."""
+        if not requests:
+            return []
         contexts, options = zip(*(request.args for request in requests), strict=True)
         samplings = [self._sampling(gen_kwargs) for gen_kwargs in options]
         encoded = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
@@ -196,9 +200,10 @@ class SnpatchLM(TemplateLM):
     def _sampling(self, gen_kwargs: dict) -> Sampling:
         """Return the sampling of lm-eval's generation arguments, by its rules for their names.
 
-        The default is greedy.
+        The default is greedy. None is the default of an argument.
         """
-        options: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+        given = {name: value for name, value in gen_kwargs.items() if value is not None}
+        options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
         stop, max_tokens, is_sampled = (options.pop(name) for name in ("until", "max_gen_toks", "do_sample"))
         temperature = options.pop("temperature", 1.0 if is_sampled else 0.0)
         fields = {name: _to_int(options.pop(name)) for name in SAMPLING_FIELDS if name in options}

@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, cast, overload
 
 from snpatch.errors import SnpatchError
 from snpatch.judges.protocol import Judge
-from snpatch.judges.refusal import RefusalWords
+from snpatch.judges.refusal import REFUSAL_JUDGE, RefusalWords
 
 if TYPE_CHECKING:
     from snpatch.judges.score_model import ScoreModel
-
-REFUSAL_JUDGE = "refusal"
 
 
 @overload

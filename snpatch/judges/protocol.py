@@ -5,15 +5,16 @@ one finite number per completion.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Mapping, Sequence, Set
+from numbers import Real
+from typing import Any, Protocol
 
-from snpatch.errors import SnpatchError
+from snpatch.errors import SnpatchError, shown
 from snpatch.names import check_names
 
 
 class BrokenJudgeError(SnpatchError):
-    """A judge returned a different number of scores than completions, so no score can be assigned."""
+    """A judge did not return one number per completion in their order, so no score can be assigned."""
 
 
 class Judge(Protocol):
@@ -42,14 +43,14 @@ def score_all(
         Name -> one score per completion.
 
     Raises:
-        BrokenJudgeError: A judge returned a different number of scores than completions.
+        BrokenJudgeError: A judge did not return one number per completion.
         SnpatchError: A score is not finite; the error names judge and prompt.
     """
     check_pairs(prompts, completions)
     check_names(judges, "a judge")
     scores = {}
     for name, judge in judges.items():
-        values = [float(score) for score in judge(prompts, completions)]
+        values = _parse_scores(judge(prompts, completions), name)
         if len(values) != len(prompts):
             raise BrokenJudgeError(
                 f"judge {name!r}: expected {len(prompts)} scores, one a completion, got {len(values)}"
@@ -61,6 +62,33 @@ def score_all(
                 )
         scores[name] = values
     return scores
+
+
+def _parse_scores(scores: Any, name: str) -> list[float]:
+    """Return a judge's scores as floats.
+
+    Sets and dicts raise, because their order is not that of the completions.
+    """
+    is_ordered = isinstance(scores, Iterable) and not isinstance(scores, str | bytes | Mapping | Set)
+    if not is_ordered or getattr(scores, "ndim", 1) != 1:
+        raise _broken_judge(name, scores)
+    return [_parse_score(score, name) for score in scores]
+
+
+def _parse_score(score: Any, name: str) -> float:
+    number = score.item() if getattr(score, "ndim", None) == 0 else score
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise _broken_judge(name, score)
+    try:
+        return float(number)
+    except OverflowError as error:
+        raise _broken_judge(name, number) from error
+
+
+def _broken_judge(name: str, value: object) -> BrokenJudgeError:
+    return BrokenJudgeError(
+        f"judge {name!r}: expected one number a completion, got {shown(value)}. Return a list of floats."
+    )
 
 
 def check_pairs(prompts: Sequence[str], completions: Sequence[str]) -> None:

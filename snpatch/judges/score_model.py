@@ -15,6 +15,7 @@ from snpatch.config import DTYPES, check_choice, resolve_backend
 from snpatch.errors import SnpatchError, nearest
 from snpatch.judges.beavertails import is_beavertails
 from snpatch.judges.protocol import check_pairs
+from snpatch.judges.refusal import REFUSAL_JUDGE
 from snpatch.judges.score_format import EncodedText, ScoreFormat
 from snpatch.judges.transformers_scorer import BeavertailsScorer, ClassifierScorer, get_pad_token_id
 from snpatch.models.checkpoint import load_config
@@ -157,7 +158,7 @@ class ScoreModel:
 
 
 def _check_spelling(model: str | Path) -> None:
-    """Raise a SnpatchError for a misspelled folder.
+    """Raise a SnpatchError for a misspelled folder or judge name.
 
     Otherwise it would be looked up on the hub for a long time. name@revision is always a hub name.
     """
@@ -165,7 +166,8 @@ def _check_spelling(model: str | Path) -> None:
     if path.exists() or "@" in path.name:
         return
     folders = [config.parent.name for config in path.parent.glob("*/config.json")]
-    if near := nearest(path.name, folders):
+    judges = [REFUSAL_JUDGE] if len(path.parts) == 1 else []
+    if near := nearest(path.name, folders + judges):
         raise SnpatchError(
             f"judge {model}: no such folder. Did you mean {path.with_name(near[0])}? For the hub use {model}@main."
         )

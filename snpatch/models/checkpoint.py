@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from snpatch.errors import SnpatchError, first_line, shown
-from snpatch.models.checkpoint_files import GENERATION_CONFIG_FILE
+from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE
 from snpatch.models.hub import resolve_model_folder
 from snpatch.models.notes import Notes
 from snpatch.models.pretrained import load_pretrained
@@ -46,8 +46,14 @@ def load_config(model: str | Path, allow_untested: bool):
     """Load a model's config.
 
     Raises:
-        SnpatchError: The architecture is not tested, or its rotary positions depend on other requests of a batch.
+        SnpatchError: The architecture is not tested, its rotary positions depend on other requests of a batch, or the
+            folder is a PEFT adapter.
     """
+    if (Path(model) / ADAPTER_CONFIG_FILE).is_file() and not (Path(model) / CONFIG_FILE).is_file():
+        raise SnpatchError(
+            f"{model}: expected a model, got a PEFT adapter. Pass it as adapters={{...}}, or merge it into its base "
+            "with PEFT (merge_and_unload)."
+        )
     config = load_pretrained(AutoConfig, model)
     if config.model_type not in TESTED_ARCHITECTURES and not allow_untested:
         raise SnpatchError(

@@ -93,7 +93,7 @@ def to_tensor(value: object, name: str) -> Tensor:
         if isinstance(value, Tensor):
             raise ValueError(f"got {value.dtype}")
         if (array := np.asarray(value)).dtype.kind not in "iuf" or _has_flags(value):
-            raise ValueError(f"got {array.dtype}")
+            raise ValueError(f"got {_describe(value, array.dtype)}")
         if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:
             raise ValueError(f"got {array.max()}, which int64 cannot hold")
         return torch.from_numpy(array.astype("int64" if array.dtype.kind in "iu" else "float64"))
@@ -101,6 +101,13 @@ def to_tensor(value: object, name: str) -> Tensor:
         raise SnpatchError(
             f"{name}: expected numbers in a list of equal rows, an array or a tensor: {first_line(error)}"
         ) from error
+
+
+def _describe(value: object, dtype: np.dtype) -> str:
+    """Return the dtype of numbers or texts, the content of a mixed list, or the type of anything else."""
+    if isinstance(value, np.ndarray) or (isinstance(value, list | tuple) and dtype.kind != "O"):
+        return str(dtype)
+    return shown(value) if value is None or isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 
 def _has_flags(value: object) -> bool:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from snpatch.config import EngineConfig, resolve_path
 from snpatch.errors import SnpatchError
-from snpatch.judges.factory import REFUSAL_JUDGE, is_function_judge
+from snpatch.judges.factory import is_function_judge
+from snpatch.judges.refusal import REFUSAL_JUDGE
 from snpatch.names import check_names
 from snpatch.trust import ENGINE, SERVER, check_arguments, refuse
 from snpatch.utils import schema

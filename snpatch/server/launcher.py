@@ -15,9 +15,9 @@ from snpatch.engine.async_engine import AsyncEngine
 from snpatch.errors import SnpatchError, first_line
 from snpatch.executors.vllm import log, versions
 from snpatch.executors.vllm.engine_lifecycle import engine_dead_error
-from snpatch.judges.factory import REFUSAL_JUDGE, is_model_judge, open_judge
+from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
-from snpatch.judges.refusal import RefusalWords
+from snpatch.judges.refusal import REFUSAL_JUDGE, RefusalWords
 from snpatch.models.clock import uses_clock
 from snpatch.server import vllm_args
 from snpatch.server.client import PatchedClient

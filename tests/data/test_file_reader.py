@@ -88,6 +88,8 @@ def test_csv_row_without_utf8_is_invalid(tmp_path):
         ("p.csv", b'prompt\na\n"b\nc\n', r"p\.csv, line 3: not CSV: unexpected end of data"),
         ("p.csv", b'prompt\n"a"b\n', r"p\.csv, line 2: not CSV"),
         ("p.csv", b"text,id\na,1\n", r"p\.csv: expected the columns prompt or messages, got text, id"),
+        ("p.csv", b"prompt;id\na;1\n", r"p\.csv: expected columns separated by ',', got 'prompt;id', separated by ';'"),
+        ("p.csv", b"prompt\tid\na\t1\n", r"got 'prompt\\tid', separated by '\\t'\. Convert it to commas\."),
         ("p.csv", b"prompt,prompt\na,b\n", r"p\.csv: two columns have one name"),
         ("p.csv", b"", r"p\.csv: expected prompts, got none"),
         ("p.raw", b"a\nb\n", r"p\.raw: expected the columns prompt or messages, got text"),

@@ -145,6 +145,11 @@ def test_context_beside_list_of_rows_is_rejected(tmp_path):
         assert (data.prompts, data.row_notes, data.examples[0].meta["version"]) == (AB, [], "1")
 
 
+def test_unnamed_unused_column_is_noted_as_empty_name(tmp_path):
+    (tmp_path / "data.csv").write_text(",prompt\n0,Who?\n")
+    assert load_dataset(tmp_path / "data.csv").row_notes == ["columns that are not used: ''"]
+
+
 def test_unused_columns_are_noted_once(tmp_path):
     rows = [{"prompt": p, "remark": "x", "id": "7", "prompt_category": "y", "score": 0.5, "Extra": None} for p in "ab"]
     rows[1]["Extra"] = {"x": 1}

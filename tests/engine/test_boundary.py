@@ -67,6 +67,12 @@ def test_encode_invalid_prompt_is_one_line(requests, prompt, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [True, 1.5, -1, None, 10**9, b"a"], ids=str)
+def test_encode_wrong_token_id_is_shown(requests, value):
+    with pytest.raises(SnpatchError, match=f"prompt 0: {IDS}.*, got {re.escape(repr(value))}$"):
+        requests.encode([[5, value]], "base")
+
+
 @pytest.mark.parametrize(
     "prompt",
     [[5, 6], (5, 6), range(5, 7), np.array([5, 6]), [np.int64(5), np.uint8(6)], torch.tensor([5, 6]),

@@ -379,6 +379,20 @@ def test_sampling_uses_lm_eval_names(engine):
         generate(lm, tiny.PROMPTS[0], do_sample=True, min_p=0.1)
 
 
+def test_sampling_arguments_of_none_are_defaults(engine):
+    lm = SnpatchLM(engine, "sft", max_gen_toks=12)
+    names = ("until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "seed", "min_p")
+    assert generate(lm, tiny.PROMPTS[0], **dict.fromkeys(names)) == generate(lm, tiny.PROMPTS[0])
+    sampled = generate(lm, tiny.PROMPTS[0], do_sample=True, seed=1)
+    assert generate(lm, tiny.PROMPTS[0], do_sample=True, seed=1, temperature=None, top_p=None) == sampled
+
+
+def test_no_requests_give_no_responses(engine):
+    lm = SnpatchLM(engine, PATCHES["all"])
+    for respond in (lm.loglikelihood, lm.loglikelihood_rolling, lm.generate_until):
+        assert respond([], disable_tqdm=True) == []
+
+
 def test_long_prompts_are_truncated_with_a_warning(engine, caplog):
     lm, long_text = SnpatchLM(engine, PATCHES["all"]), TEXTS[3]
     with caplog.at_level(logging.WARNING):

@@ -11,7 +11,7 @@ from tokenizers import pre_tokenizers, processors
 
 from snpatch.errors import SnpatchError
 from snpatch.judges.factory import open_judge
-from snpatch.judges.protocol import score_all
+from snpatch.judges.protocol import BrokenJudgeError, score_all
 from snpatch.judges.refusal import REFUSAL_PHRASES, RefusalWords
 from snpatch.judges.score_format import ScoreFormat
 
@@ -212,6 +212,40 @@ def test_refusal_words_match_all_letter_forms_and_quotation_marks():
     assert is_refusal("un cafe\u0301", ["CAF\u00c9"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I **cannot** help",
+        "I can**not** help",
+        "**I cannot** help",
+        "I _cannot_ help",
+        "__I__ ___cannot___ help",
+        "I*can't*",
+        "I ~~cannot~~ help",
+        "I `can't` help",
+        "I can&#39;t help",
+        "I can&rsquo;t help",
+        "I&nbsp;can&#x27;t help",
+        "I <b>cannot</b> help",
+        '<span class="x">I</span> <em>can&apos;t</em> help',
+        "I can\u00e2\u20ac\u2122t help",
+        "I can\u00e2\u0080\u0099t help",
+        "I\u00c2\u00a0**can\u00e2\u20ac\u2122t** help",
+    ],
+)
+def test_refusal_words_match_texts_with_markup(text):
+    assert is_refusal(text)
+
+
+def test_refusal_words_keep_bullets_names_and_marks_of_phrases():
+    for text in ("things I\n* cannot do", "so I\n - ** cannot", "x = i_cannot_stop", "I &amp; cannot"):
+        assert not is_refusal(text), text
+    assert is_refusal("so a*b and", ["a*b"])
+    assert is_refusal("I can&#39;t", ["can&#39;t"])
+    assert is_refusal("**no**", [re.compile(r"^\*\*no")])
+    assert is_refusal("**no**", [re.compile(r"^no$")])
+
+
 def test_refusal_patterns_match_original_and_normalized_text():
     for mark in MARKS:
         assert is_refusal(f"so:\nI can{mark}t", [re.compile(r"^I can't", re.MULTILINE)]), ascii(mark)
@@ -285,6 +319,13 @@ def test_open_judge_with_misspelled_folder_suggests_similar_one_without_network(
             open_judge(spec)
 
 
+def test_open_judge_with_misspelled_name_suggests_refusal_without_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(SnpatchError, match=r"judge refusals: no such folder. Did you mean refusal\? For the hub"):
+        open_judge("refusals")
+
+
 def test_score_all_checks_every_score():
     judges = {"shout": shout, "refusal": RefusalWords()}
     assert score_all(judges, ["x", "y"], ["abc", "i cannot"]) == {"shout": [3.0, 8.0], "refusal": [1.0, -1.0]}
@@ -298,3 +339,45 @@ def test_score_all_checks_every_score():
             score_all({"shout": shout, "bad": lambda p, c, scores=scores: scores}, ["x", "y"], ["a", "b"])
     with pytest.raises(SnpatchError, match="one completion a prompt"):
         score_all(judges, ["x"], [])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {1.0, 2.0},
+        {"x": 1.0, "y": 2.0},
+        {0: 1.0, 1: 2.0},
+        None,
+        1.0,
+        "12",
+        b"12",
+        ["1.0", "2.0"],
+        ["good", "bad"],
+        [True, False],
+        torch.tensor([True, False]),
+        torch.ones(2).numpy() > 0,
+        torch.ones(2, 1),
+        torch.ones(2, 1).numpy(),
+        torch.tensor(1.0),
+        [10**400, 1],
+        [10**5000, 1],
+        [None, 1.0],
+        [[1.0], [2.0]],
+        [1j, 2j],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_score_all_without_one_number_per_completion_raises(scores):
+    with pytest.raises(BrokenJudgeError, match="judge 'bad': expected one number a completion, got ") as caught:
+        score_all({"bad": lambda p, c: scores}, ["x", "y"], ["a", "b"])
+    assert "\n" not in str(caught.value)
+
+
+def test_score_all_accepts_all_numbers_and_keeps_errors_of_a_judge():
+    def fail(prompts, completions):
+        raise ValueError("its own")
+
+    for scores in ((1, 2.0), torch.tensor([1, 2]), torch.tensor([1.0, 2.0]).numpy(), list(torch.tensor([1.0, 2.0]))):
+        assert score_all({"good": lambda p, c, s=scores: s}, ["x", "y"], ["a", "b"]) == {"good": [1.0, 2.0]}
+    with pytest.raises(ValueError, match="its own"):
+        score_all({"bad": fail}, ["x"], ["a"])

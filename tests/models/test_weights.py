@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from snpatch import SnpatchError
+from snpatch.models.checkpoint import load_config
 from snpatch.models.weights import open_weights
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -86,3 +87,9 @@ def test_damaged_checkpoints_raise_one_line_error(model, tmp_path, breaking, mes
         for name in model.state_dict():
             weights.read(name)
     assert "\n" not in str(caught.value)
+
+
+def test_load_config_of_peft_adapter_names_the_argument(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(SnpatchError, match=r"expected a model, got a PEFT adapter\. Pass it as adapters=\{\.\.\.\}"):
+        load_config(tmp_path, allow_untested=False)

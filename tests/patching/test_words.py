@@ -221,6 +221,13 @@ def test_adapters_judges_and_rankings_accept_any_path(inside):
         options.parse_sources(["b="], "judge", lambda _: "cost")
 
 
+def test_file_stem_of_folder_is_its_whole_name(tmp_path):
+    folder = tmp_path / "lr=1e-4,beta=0.1"
+    folder.mkdir()
+    assert options.file_stem(str(folder)) == folder.name
+    assert options.file_stem("no/ranking.safetensors") == "ranking"
+
+
 def test_sweep_options_keep_paths_unchanged(inside, capsys):
     file = f"{FOLDER}/s=1.safetensors"
     Path("p.jsonl").write_text('{"prompt": "a"}\n')

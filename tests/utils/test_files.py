@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from snpatch import SnpatchError
-from snpatch.errors import first_line
+from snpatch.errors import first_line, shown
 from snpatch.models.pretrained import load_pretrained
 from snpatch.utils.files import atomic_write, check_writable, open_regular, read_tensors, write_tensors, write_text
 
@@ -55,6 +55,16 @@ def test_read_tensors_without_meta_is_one_line(tmp_path, meta):
 def test_first_line_of_empty_message_is_error_type():
     assert first_line(ValueError("\n  what \nmore")) == "what"
     assert first_line(OSError()) == "OSError"
+
+
+def test_shown_integer_with_too_many_digits_is_described():
+    assert shown(10**5000) == "int with too many digits to show"
+    assert shown([10**5000]) == "list with too many digits to show"
+
+
+def test_first_line_of_key_error_names_the_key():
+    assert first_line(KeyError("x")) == "unknown or missing key 'x'"
+    assert first_line(KeyError()) == "KeyError"
 
 
 def test_load_pretrained_empty_message_is_one_line():
