@@ -20,13 +20,13 @@ from typing import IO, Any, AnyStr, cast
 
 from snpatch.data.source_row import Columns, SourceRow, check_columns, find_column_error, is_turns_column
 from snpatch.errors import SnpatchError, is_unicode
+from snpatch.utils.files import check_no_lfs_pointer
 from snpatch.utils.schema import parse_json
 
 TEXT_SUFFIXES = (".txt", ".raw")
 KINDS = (".jsonl", ".json", ".csv", ".parquet", *TEXT_SUFFIXES)
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # metadata files of the `datasets` library
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DELIMITERS = (";", "\t")  # of CSV files that are not read
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 MESSAGE_KEYS = {"role", "from"}  # of messages, with either of which a list is a chat and not a column
@@ -115,11 +115,10 @@ def _has_word(name: str, word: str) -> bool:
 @contextmanager
 def _open(path: Path) -> Iterator[BufferedReader]:
     try:
+        if path.is_file():  # a pipe can be read once
+            check_no_lfs_pointer(path)
         with cast(BufferedReader, OPENERS.get(path.suffix.lower(), open)(path, "rb")) as stream:
-            head = stream.peek(len(LFS_POINTER))
-            if head.startswith(LFS_POINTER):
-                raise SnpatchError(f"{path}: a pointer of Git LFS, not the data. Fetch them with `git lfs pull`.")
-            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            if stream.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise SnpatchError(f"{path}: UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
             yield stream
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:

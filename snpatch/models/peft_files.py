@@ -14,7 +14,7 @@ from torch import Tensor
 from snpatch.errors import SnpatchError, shown
 from snpatch.models import sandbox
 from snpatch.models.checkpoint_files import ADAPTER_CONFIG_FILE, find_adapter_weights
-from snpatch.utils.files import read_state
+from snpatch.utils.files import check_no_lfs_pointer, read_state
 from snpatch.utils.schema import parse_json
 
 MAX_TENSOR_NAME = 500  # characters: matching a name takes quadratic time
@@ -38,6 +38,7 @@ def read_adapter_config(folder: Path, *kinds: str) -> dict:
         raise SnpatchError(f"{folder}: no such folder (expected a PEFT adapter)")
     if not path.is_file():
         raise SnpatchError(f"{folder}: no {ADAPTER_CONFIG_FILE}: not a PEFT adapter folder")
+    check_no_lfs_pointer(path)
     try:
         config = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:

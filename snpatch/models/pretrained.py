@@ -6,6 +6,7 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError, first_line
 from snpatch.models.hub import resolve_model_folder, resolve_revision
+from snpatch.utils.files import check_no_lfs_pointer
 
 RUST_PANIC = "PanicException"  # raised by Rust libraries; it is not an Exception
 UNKNOWN_CHARACTER = "a \uf8ff"  # in no vocabulary
@@ -140,5 +141,8 @@ def wrap_loader_errors(model: str | Path, loader: str) -> Iterator[None]:
         is_panic = type(error).__name__ == RUST_PANIC
         if isinstance(error, SnpatchError) or not (isinstance(error, Exception) or is_panic):
             raise
+        for path in Path(model).iterdir() if Path(model).is_dir() else ():
+            if path.is_file():
+                check_no_lfs_pointer(path)
         remedy = "" if isinstance(error, OSError) else f". {REMEDIES.get(loader, REMEDIES['AutoModel'])}"
         raise SnpatchError(f"cannot load {model} ({loader}): {first_line(error).rstrip('.')}{remedy}") from error

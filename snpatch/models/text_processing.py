@@ -62,13 +62,14 @@ def load_text_processors(config: EngineConfig, notes: Notes) -> list[TextProcess
 
     sources = [PRIMARY_WEIGHTS] if config.secondary is None else [PRIMARY_WEIGHTS, config.secondary]
     names = [source.checkpoint or config.model for source in sources]
+    configs = {name: load_config(name, config.allow_untested) for name in names}  # first: AutoTokenizer reads it too
     tokenizers = {name: load_pretrained(AutoTokenizer, name) for name in names}
     if names[0] != names[-1]:
         check_compatible(names[0], names[1], tokenizers[names[0]], tokenizers[names[1]], notes)
     folders = [_get_adapter_folders(config, index) for index in range(len(names))]
     processors = []
     for index, name in enumerate(names):
-        model_config, own_tokenizer = load_config(name, config.allow_untested), tokenizers[name]
+        model_config, own_tokenizer = configs[name], tokenizers[name]
         size, adapters = model_config.vocab_size, folders[index]
         tokenizer = _load_tokenizer(name, own_tokenizer, adapters, size, notes)
         others = tokenizers[names[-1 - index]], folders[-1 - index]

@@ -18,7 +18,7 @@ from snpatch.models.checkpoint import TESTED_ARCHITECTURES
 from snpatch.models.checkpoint_files import WEIGHT_FILES, WEIGHT_PATTERNS, find_weight_files, read_index
 from snpatch.models.hub import resolve_model_folder
 from snpatch.models.pretrained import build_untied_error, check_tensor_names
-from snpatch.utils.files import read_state
+from snpatch.utils.files import check_no_lfs_pointer, read_state
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 BUFFER_PATTERNS = (r"rotary_emb\.inv_freq", r"(^|\.)position_ids$")  # in old checkpoints; they follow from the config
@@ -140,6 +140,7 @@ def _read_names(path: Path) -> list[str]:
 
 def _open_safetensors(path: Path) -> safe_open:
     try:
+        check_no_lfs_pointer(path)
         return safe_open(path, "pt")
     except FileNotFoundError:
         raise SnpatchError(f"{path}: no such file, and the index names it: download the model again") from None

@@ -24,6 +24,7 @@ from snpatch.errors import ESCAPE, SnpatchError
 from snpatch.utils.schema import parse_json
 
 _NOT_IN_STEM = re.compile(r"[/\\\x00-\x1f\x7f]|^\.")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # Exceptions of torch.load for damaged or malicious files.
 _LOAD_ERRORS = (
     UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError,
@@ -87,10 +88,18 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], *, kind: str, me
         partial.write_bytes(save(contiguous, metadata=header))
 
 
+def check_no_lfs_pointer(path: str | Path) -> None:
+    """Raise for a file that Git LFS has not downloaded: it is a pointer to its content."""
+    with Path(path).open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise SnpatchError(f"{path}: a pointer of Git LFS, not the data. Fetch them with `git lfs pull`.")
+
+
 def read_tensors(path: str | Path, *, kind: str) -> tuple[dict[str, Tensor], dict]:
     """Return tensors and meta of a file that `write_tensors` wrote. Raise for any other kind of file."""
     if not Path(path).is_file():
         raise SnpatchError(f"{path}: no such file")
+    check_no_lfs_pointer(path)
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -128,6 +137,7 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     if not Path(path).is_file():
         raise SnpatchError(f"{path}: no such file")
+    check_no_lfs_pointer(path)
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)

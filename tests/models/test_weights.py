@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from snpatch import SnpatchError
+from snpatch import Engine, Ranking, SnpatchError, load_dataset
 from snpatch.models.checkpoint import load_config
 from snpatch.models.weights import open_weights
 
@@ -93,3 +93,44 @@ def test_load_config_of_peft_adapter_names_the_argument(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(SnpatchError, match=r"expected a model, got a PEFT adapter\. Pass it as adapters=\{\.\.\.\}"):
         load_config(tmp_path, allow_untested=False)
+
+
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_lfs_pointer_in_a_model_is_named(zoo, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(zoo("llama").folder, folder)
+    (folder / name).write_text(LFS_POINTER)
+    with pytest.raises(SnpatchError, match=rf"{name}: a pointer of Git LFS, not the data"):
+        Engine(folder, backend="transformers")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_lfs_pointer_in_an_adapter_is_named(zoo, tmp_path, name):
+    folder = tmp_path / "adapter"
+    shutil.copytree(zoo("llama").adapters["sft"][0], folder)
+    (folder / name).write_text(LFS_POINTER)
+    with pytest.raises(SnpatchError, match=rf"{name}: a pointer of Git LFS, not the data"):
+        Engine(zoo("llama").folder, {"a": folder}, backend="transformers")
+
+
+@pytest.mark.parametrize("name", ["r.safetensors", "r.pt", "r.csv", "r.jsonl.gz"])
+def test_lfs_pointer_as_a_ranking_or_prompts_is_named(tmp_path, name):
+    (tmp_path / name).write_text(LFS_POINTER)
+    load = load_dataset if name.endswith(".gz") else Ranking.load
+    with pytest.raises(SnpatchError, match=rf"{name}: a pointer of Git LFS, not the data"):
+        load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": "1e-05"}, {"hidden_size": 64.0}, {"num_attention_heads": 7}, {"eos_token_id": "2"}]
+)
+def test_wrong_value_in_config_json_is_not_blamed_on_the_tokenizer(zoo, tmp_path, change):
+    folder = tmp_path / "model"
+    shutil.copytree(zoo("llama").folder, folder)
+    table = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**table, **change}))
+    with pytest.raises(SnpatchError, match=r"\(AutoConfig\): .* Check its config\.json"):
+        Engine(folder, backend="transformers")
