@@ -316,8 +316,8 @@ class Requests:
         for field, name, value in checks:
             if not abs(value) <= largest:
                 raise SnpatchError(
-                    f"patch: {name}: expected at most {largest:.6g}, which {self._geometry.dtype} can hold and a norm "
-                    f"can square, got {value:.6g}",
+                    f"patch: {name}: expected at most {largest:.6g}, because a norm squares it in "
+                    f"{self._geometry.dtype}, got {value:.6g}",
                     field=field,
                 )
 

@@ -70,9 +70,12 @@ def _overflow(request: Request, shards: Sequence[WorkerReceipt], geometry: Geome
     unpatched = None
     if not request.overwrites:
         unpatched = hash_json([request.recipient.fingerprint, list(request.prompt_ids)], REQUEST_DIGITS)
-    cause = "under its patch" if unpatched is None else "without a patch"
+    cause, remedy = (
+        ("under its patch", ". Lower its strength or scale.") if unpatched is None else ("without a patch", "")
+    )
     return OverflowedError(
-        f"the completion overflowed in {geometry.dtype} {location} {cause}: {count} of its values are not finite",
+        f"the completion overflowed in {geometry.dtype} {location} {cause}: {count} of its values are not finite"
+        + remedy,
         unpatched=unpatched,
     )
 

@@ -1,5 +1,6 @@
 """Loading of Hugging Face folders and hub models, with one-line errors for missing and damaged files."""
 
+import logging
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 from snpatch.errors import SnpatchError, first_line
 from snpatch.models.hub import resolve_model_folder, resolve_revision
 from snpatch.utils.files import check_no_lfs_pointer
+from snpatch.utils.schema import parse_json
 
 RUST_PANIC = "PanicException"  # raised by Rust libraries; it is not an Exception
 UNKNOWN_CHARACTER = "a \uf8ff"  # in no vocabulary
 PROBE_TEXT = "How do I a b  c\n d?"
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 UPGRADE = "if it is of a newer {0} than the installed one, pip install -U {0}"
 REMEDIES = {  # loader -> what to do if it cannot read a file
     "AutoConfig": f"Check its config.json; {UPGRADE.format('transformers')}.",
@@ -20,6 +22,8 @@ REMEDIES = {  # loader -> what to do if it cannot read a file
     "AutoModel": "Check that its weights and its config.json are of one model, and complete.",
 }
 MERGE_REMEDY = "Merge its adapter with PEFT (merge_and_unload), and save it again."
+
+logger = logging.getLogger(__name__)
 
 
 def load_pretrained(loader, model: str | Path, **arguments):
@@ -106,9 +110,9 @@ def _check_tokenizer(tokenizer) -> None:
 
 
 def _check_tokenizer_class(tokenizer, model: str | Path) -> None:
-    """Raise for a tokenizer whose class reads texts in another way than its tokenizer.json.
+    """Raise for a tokenizer_class that reads texts in another way than tokenizer.json.
 
-    For some classes transformers replaces the steps of tokenizer.json by the steps of that class. A byte-level
+    A class that transformers chose by itself is a warning. For some classes transformers replaces the steps of tokenizer.json by the steps of that class. A byte-level
     tokenizer then loses every space. transformers knows such models by their hub names, but not copies of them.
     """
     from tokenizers import Tokenizer
@@ -121,12 +125,23 @@ def _check_tokenizer_class(tokenizer, model: str | Path) -> None:
     file_ids = file_tokenizer.encode(PROBE_TEXT, add_special_tokens=False).ids
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip()
     file_text = file_tokenizer.decode(file_ids, skip_special_tokens=False).strip()
-    if ids != file_ids and text != file_text:  # a different space at the beginning changes no word
-        raise SnpatchError(
-            f"{model}: expected a tokenizer_class that follows its {TOKENIZER_FILE}, got "
-            f"{type(tokenizer).__name__}, which reads {PROBE_TEXT!r} as {text!r} and not as {file_text!r}. "
-            "Set tokenizer_class to PreTrainedTokenizerFast in its tokenizer_config.json."
-        )
+    if ids == file_ids or text == file_text:  # a different space at the beginning changes no word
+        return
+    name = type(tokenizer).__name__
+    change = f"which reads {PROBE_TEXT!r} as {text!r} and not as {file_text!r}"
+    if not _has_tokenizer_class(path.with_name(TOKENIZER_CONFIG_FILE), name):
+        logger.warning(f"snpatch: {model}: transformers chose {name}, {change}. Pass prompts as token ids.")
+        return
+    raise SnpatchError(
+        f"{model}: expected a tokenizer_class that follows its {TOKENIZER_FILE}, got {name}, {change}. Set "
+        f"tokenizer_class to PreTrainedTokenizerFast in its {TOKENIZER_CONFIG_FILE}."
+    )
+
+
+def _has_tokenizer_class(path: Path, name: str) -> bool:
+    """Return whether a tokenizer's config names this class, or its older name with Fast."""
+    config = parse_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    return str(config.get("tokenizer_class")).removesuffix("Fast") == name.removesuffix("Fast")
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def _parse_table(table: dict, path: Path) -> Neurons:
         _check_all_used(names, columns, path)
         fields = {field: to_tensor(names[name], f"{path}: {name}") for field, name in columns.items()}
         return _parse_columns(fields, path, shape)
-    if len(names) != 1:
+    if len(names) != 1 or not isinstance(next(iter(names.values())), list | tuple | dict | Tensor | np.ndarray):
         lists = [name for name, one in names.items() if isinstance(one, list | Tensor | np.ndarray)]
         hint = ". Write one of its lists into a file of its own" if len(lists) > 1 else ""
         raise SnpatchError(f"{path}: {FORMS}, got a table of {list_columns(names)}{hint}")

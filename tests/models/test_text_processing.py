@@ -79,6 +79,14 @@ def test_tokenizer_class_that_contradicts_tokenizer_json_is_rejected(model, name
             load_pretrained(AutoTokenizer, model)
 
 
+def test_tokenizer_class_chosen_by_transformers_is_a_warning(zoo, caplog):
+    """transformers reads every tokenizer.json of model type qwen2 as Qwen2Tokenizer."""
+    load_pretrained(AutoTokenizer, zoo("qwen2").folder)
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "snpatch.models.pretrained")
+    assert "transformers chose Qwen2Tokenizer, which reads 'How do I a b  c\\n d?' as ''" in message
+    assert "Pass prompts as token ids" in message
+
+
 KINDS = ["ia3", "lora"]
 
 
