@@ -112,8 +112,9 @@ def _check_tokenizer(tokenizer) -> None:
 def _check_tokenizer_class(tokenizer, model: str | Path) -> None:
     """Raise for a tokenizer_class that reads texts in another way than tokenizer.json.
 
-    A class that transformers chose by itself is a warning. For some classes transformers replaces the steps of tokenizer.json by the steps of that class. A byte-level
-    tokenizer then loses every space. transformers knows such models by their hub names, but not copies of them.
+    A class that transformers chose by itself is a warning. For some classes transformers replaces the steps of
+    tokenizer.json by the steps of that class. A byte-level tokenizer then loses every space. transformers knows such
+    models by their hub names, but not copies of them.
     """
     from tokenizers import Tokenizer
 
