@@ -70,12 +70,11 @@ def _overflow(request: Request, shards: Sequence[WorkerReceipt], geometry: Geome
     unpatched = None
     if not request.overwrites:
         unpatched = hash_json([request.recipient.fingerprint, list(request.prompt_ids)], REQUEST_DIGITS)
-    cause, remedy = (
-        ("under its patch", ". Lower its strength or scale.") if unpatched is None else ("without a patch", "")
-    )
+    cause = "under its patch" if unpatched is None else "without a patch"
+    remedy = ". Lower its strength or scale." if unpatched is None else ""
     return OverflowedError(
-        f"the completion overflowed in {geometry.dtype} {location} {cause}: {count} of its values are not finite"
-        + remedy,
+        f"the completion overflowed in {geometry.dtype} {location} {cause}: {count} of its values are not "
+        f"finite{remedy}",
         unpatched=unpatched,
     )
 

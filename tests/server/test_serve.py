@@ -11,10 +11,10 @@ from serving import CHAT, MANY, SAFE, SERVED, WORDS, complete
 
 from snpatch.executors.vllm import versions
 
-GRAMMARS_SINCE = (0, 28)  # of vLLM's versions
-
 pytest.importorskip("vllm", reason="vLLM is not installed")
 openai = pytest.importorskip("openai")
+from snpatch.server.client import GRAMMARS_SINCE  # noqa: E402
+
 pytestmark = pytest.mark.engine
 
 # ---- completions -----------------------------------------------------------------------------------------------------
@@ -218,6 +218,7 @@ def test_failed_receipt_is_500_or_error_chunk_without_finish_reason(miscounting_
     streamed = miscounting_server.post("/v1/messages", {**message, "stream": True}).text
     assert "event: error" in streamed
     assert "message_stop" not in streamed
+    assert ("event: message_start" in streamed) == (versions.minor() >= GRAMMARS_SINCE)
     assert "stop_reason" not in streamed.partition("event: message_start")[2].partition("event: ")[2]
     unpatched = client.chat.completions.create(**{**chat, "model": "sft"})
     assert unpatched.snpatch["verified"], "no patch, so no receipt can fail"

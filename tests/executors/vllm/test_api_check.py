@@ -152,5 +152,7 @@ def test_older_version_raises(version, number):
 
 def test_missing_vllm_raises(version):
     version(None)
-    with pytest.raises(SnpatchError, match=r"vLLM is not installed\. Run: pip install .+ .without a GPU: pip install"):
+    with pytest.raises(
+        SnpatchError, match=r"vLLM is not installed\. Run: pip install .*(vllm|cuda).* .without a GPU: pip install"
+    ):
         versions.check()
