@@ -133,7 +133,7 @@ def run_twin(twin, batch: int, patch=PATCH, lengths: int | list[int] = NEW, prom
 def run_native(native, batch: int, new: int = NEW, prompt: int = PROMPT) -> None:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     inputs = [{"prompt_token_ids": ids} for ids in prompts(batch, prompt)]
     results = native.generate(inputs, params, use_tqdm=False)
     assert all(len(result.outputs[0].token_ids) == new for result in results)

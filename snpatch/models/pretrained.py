@@ -141,8 +141,9 @@ def _check_tokenizer_class(tokenizer, model: str | Path) -> None:
 
 def _has_tokenizer_class(path: Path, name: str) -> bool:
     """Return whether a tokenizer's config names this class, or its older name with Fast."""
-    config = parse_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
-    return str(config.get("tokenizer_class")).removesuffix("Fast") == name.removesuffix("Fast")
+    config = parse_json(path.read_text(encoding="utf-8-sig")) if path.is_file() else None
+    config_name = config.get("tokenizer_class") if isinstance(config, dict) else None
+    return str(config_name).removesuffix("Fast") == name.removesuffix("Fast")
 
 
 @contextmanager
