@@ -5,7 +5,7 @@ k share one tensor on the device.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -346,11 +346,80 @@ class Ranking:
             NotEnoughNeuronsError: There are fewer neurons to draw from.
         """
         seed = schema.check_argument(seed, int, "random_control: seed")
-        neurons = self._first((window := Window.of(window)).hi)[window.lo :]
-        chosen = controls.draw(neurons, self.shape, seed=seed, kind=kind, disjoint=disjoint, fill_up=fill_up)
-        overlap = int(torch.isin(chosen, neurons).sum()) / len(neurons) if len(neurons) else 0.0
-        meta = {"control": kind, "of": self.fingerprint, "window": [window.lo, window.hi], "seed": seed}
-        return Ranking(_build_ranks(chosen, self.shape), meta={**meta, "disjoint": disjoint, "overlap": overlap})
+        options = {"seed": seed, "kind": kind, "disjoint": disjoint, "fill_up": fill_up}
+        meta = {"seed": seed, "disjoint": disjoint}
+        return self._of_control(window, kind, lambda own: controls.draw(own, self.shape, **options), meta)
+
+    def magnitude_control(self, window: Window | int | tuple[int, int]) -> "Ranking":
+        """Return the neurons with the largest activations of the recipient, in each layer as many as a window has.
+
+        It needs no donor: a ranking that finds more than large activations must do better. The neurons may be the
+        window's own.
+
+        Args:
+            window: Window whose neurons are replaced.
+
+        Returns:
+            A ranking of len(window) neurons without scores. `meta["overlap"]` is the fraction of them that are the
+            window's own.
+
+        Raises:
+            SnpatchError: The ranking has no statistics or moments, or the window is longer than the ranking.
+        """
+        return self._of_control(window, "magnitude", lambda own: controls.find_largest(own, self.recipient_rms))
+
+    def matched_control(self, window: Window | int | tuple[int, int]) -> "Ranking":
+        """Return, for each neuron of a window, another of its layer with the nearest activation size.
+
+        The size is the root mean square of the recipient's activation. Where the window has the largest of its layer,
+        the nearest others are smaller.
+
+        Args:
+            window: Window whose neurons are replaced; none of its own is chosen.
+
+        Returns:
+            A ranking of len(window) neurons without scores.
+
+        Raises:
+            SnpatchError: The ranking has no statistics or moments, or the window is longer than the ranking.
+            NotEnoughNeuronsError: A layer has fewer other neurons.
+        """
+        return self._of_control(window, "matched", lambda own: controls.match_magnitude(own, self.recipient_rms))
+
+    @cached_property
+    def recipient_rms(self) -> Tensor:
+        """Return the root mean square of the recipient's activations, [L, F] float64.
+
+        Raises:
+            SnpatchError: The ranking has neither statistics nor the recipient's moments.
+        """
+        if self.statistics is not None:
+            return (self.statistics.sums[:, 1] / self.statistics.tokens).sqrt()
+        if not {"recipient_mean", "recipient_std"} <= self.moments.keys():
+            raise SnpatchError(
+                "ranking: expected statistics or moments of the recipient, got none. Make it with Engine.contrast."
+            )
+        return (self.moments["recipient_mean"].double() ** 2 + self.moments["recipient_std"].double() ** 2).sqrt()
+
+    def energy(self, neurons: "Ranking", window: Window | int | tuple[int, int]) -> float | None:
+        """Return the fraction of the model's squared change, the sum of (r - d)^2, that some neurons carry.
+
+        Args:
+            neurons: Ranking that has the neurons: this one, or one of its controls.
+            window: Window of `neurons`.
+
+        Returns:
+            Fraction, 0 to 1; None if this ranking has no statistics of a pair.
+
+        Raises:
+            SnpatchError: The shapes differ, or the window is longer than `neurons`.
+        """
+        window = Window.of(window)
+        chosen = self._same_shape(neurons)._first(window.hi)[window.lo :]
+        if self.statistics is None or not self.statistics.is_pair:
+            return None
+        changes = self.statistics.sums[:, 4].flatten()
+        return float(changes[chosen].sum() / changes.sum())
 
     def overlap(self, other: "Ranking", k: int) -> float:
         """Return the fraction of the first k neurons that both rankings share.
@@ -528,6 +597,19 @@ class Ranking:
         if other.shape != self.shape:
             raise SnpatchError(f"ranking: expected another ranking of {list(self.shape)}, got {list(other.shape)}")
         return other
+
+    def _of_control(
+        self,
+        window: Window | int | tuple[int, int],
+        kind: str,
+        choose: Callable[[Tensor], Tensor],  # the window's neurons [n] to those of its control [n], as flat indices
+        meta: dict | None = None,
+    ) -> "Ranking":
+        neurons = self._first((window := Window.of(window)).hi)[window.lo :]
+        chosen = choose(neurons)
+        overlap = int(torch.isin(chosen, neurons).sum()) / len(neurons) if len(neurons) else 0.0
+        origin = {"control": kind, "of": self.fingerprint, "window": [window.lo, window.hi]}
+        return Ranking(_build_ranks(chosen, self.shape), meta={**origin, **(meta or {}), "overlap": overlap})
 
     def _keep(self, mask: Tensor, operation: str, k: int) -> "Ranking":
         return self._of(self._order[mask], {"set_operation": operation, "set_k": k})

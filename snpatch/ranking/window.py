@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from snpatch.errors import SnpatchError
 from snpatch.utils import schema
 
-CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_control
+RANDOM_CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_control
 
 
 @dataclass(frozen=True)

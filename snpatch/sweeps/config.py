@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
-from snpatch.ranking.window import CONTROLS, Window
+from snpatch.ranking.window import RANDOM_CONTROLS, Window
 from snpatch.sampling import GREEDY, Sampling
 from snpatch.utils import schema
 from snpatch.utils.schema import option
@@ -49,7 +49,7 @@ class SweepConfig:
         "per_layer",
         "Layers that random controls are drawn from: per_layer (as many neurons of each layer as the window has), "
         "last_layer or everywhere.",
-        choices=CONTROLS,
+        choices=RANDOM_CONTROLS,
     )
     disjoint: bool = True
     positions: str | int = option(
