@@ -161,7 +161,7 @@ def _unpatched_and_patched(result: "Report") -> tuple[dict[str, dict], list[dict
     """Return the unpatched row of each model, and the rows of the safety ranking without controls."""
     rows = result.tables[EXPERIMENT]
     unpatched = {row["recipient"]: row for row in rows if not row["ranking"]}
-    patched = [row for row in rows if row["ranking"] and row["control_seed"] is None]
+    patched = [row for row in rows if row["ranking"] and row["control"] is None]
     return unpatched, patched
 
 

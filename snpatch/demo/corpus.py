@@ -45,6 +45,7 @@ def write_prompts(out: Path, count: int, seed: int) -> dict[str, list[DemoReques
     ]
     sets["contrast"] = rng.sample(contrast, len(contrast))
     sets |= _guard_sets(set(chain(*sets.values())), count, seed)
+    sets["lookalike"] = _lookalikes(sets, count, seed)
     for name, requests in sets.items():
         _write_rows(
             prompt_path(out, name),
@@ -64,6 +65,20 @@ def _guard_sets(used: Collection[DemoRequest], count: int, seed: int) -> dict[st
             requests += rng.sample(unused, count // 2)
         sets[f"guard-{family}"] = rng.sample(requests, len(requests))
     return sets
+
+
+def _lookalikes(sets: dict[str, list[DemoRequest]], count: int, seed: int) -> list[DemoRequest]:
+    """Draw allowed requests that differ from a forbidden one of an evaluation set in their stem alone."""
+    used = set(chain(*sets.values()))
+    forbidden = {_rest_of_request(request) for name in WORDINGS for request in sets[name]}
+    unused = [request for request in language.requests("eval", stems=ALLOWED) if request not in used]
+    candidates = [request for request in unused if _rest_of_request(request) in forbidden]
+    return random.Random(f"lookalike {seed}").sample(candidates, count)
+
+
+def _rest_of_request(request: DemoRequest) -> tuple:
+    """Return all of a request but its stem."""
+    return request.family, request.wording, request.act, request.kind
 
 
 def write_text(out: Path, prompts: dict[str, list[DemoRequest]], count: int, seed: int) -> list[str]:

@@ -8,8 +8,12 @@ from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, Folders
 from snpatch.engine.requests import Prompt, Requests
 from snpatch.errors import SnpatchError, shown
 from snpatch.executors.spoilage import Spoilage
+from snpatch.models.adapters import IA3Scales
 from snpatch.models.loaded_models import LoadedModels
-from snpatch.names import BASE
+from snpatch.models.model import Model
+from snpatch.names import BASE, check_name
+from snpatch.ranking.ranking import Ranking
+from snpatch.ranking.window import Window
 
 
 class BaseEngine:
@@ -96,6 +100,44 @@ class BaseEngine:
         source = EngineConfig.of(self.config.model, {name: folders}).sources[name]
         self._opened.check_late_adapter(source)
         self._opened.add({name: source}, self.geometry, self.executor.check_model)
+
+    def add_masked_adapter(
+        self, name: str, recipient: str, donor: str, ranking: Ranking, window: Window | int | tuple[int, int]
+    ) -> None:
+        """Add a model: the recipient with the donor's IA3 factors on a window's neurons alone.
+
+        It is the static counterpart of a patch: it needs no donor during generation. How far it equals the patch says
+        how much of the patch is the neurons' own factors.
+
+        Args:
+            name: Name of the model in patches.
+            recipient: Model whose weights and other factors it has.
+            donor: Model whose factors the neurons get.
+            ranking: Order of the neurons.
+            window: Ranks to change: k for the top k, (lo, hi) or a Window.
+
+        Raises:
+            SnpatchError: The name is taken or reserved, the models have different weights, or the ranking is another
+                model's or shorter than the window.
+        """
+        check_name(name, "a model")
+        models = [self.requests.model(one) for one in (recipient, donor)]
+        if models[0].weights.fingerprint != models[1].weights.fingerprint:
+            raise SnpatchError(
+                f"masked adapter: expected IA3 adapters on the same weights, got {recipient} and {donor} on different "
+                "ones. Use a patch."
+            )
+        own, donated = (model.scales.vectors for model in models)
+        if ranking.shape != own["down_proj"].shape:
+            raise SnpatchError(
+                f"masked adapter: expected a ranking of {list(own['down_proj'].shape)}, got {list(ranking.shape)}"
+            )
+        window = Window.of(window)
+        layers, neurons = ranking.top(window.hi)[window.lo :].unbind(1)
+        factors = own["down_proj"].clone()
+        factors[layers, neurons] = donated["down_proj"][layers, neurons]
+        scales = IA3Scales({**own, "down_proj": factors})
+        self._opened.add_model(name, Model(models[0].weights, scales), self.executor.check_model)
 
     def encode(self, prompts: Sequence[Prompt], model: str | Sequence[str] = BASE, room: int = 1) -> list[list[int]]:
         """Return the token ids of each prompt.

@@ -7,8 +7,11 @@ tables), and a killed run must not start from nothing. Each use is recorded in t
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import cast
+
+import numpy as np
 
 from snpatch.data import Chat, Dataset
 from snpatch.engine import Engine
@@ -281,6 +284,31 @@ class ExperimentContext:
             result = sweep(self.engine, sets, rankings, judges, config, store=self.out, name=name, progress=progress)
         judging.check_scored(result.records)
         return result
+
+    def score(self, patches: Sequence[Patch | str], prompts: str, judge: str) -> np.ndarray:
+        """Generate and judge a completion of each prompt under each patch.
+
+        Args:
+            patches: Patches, and names of models to run unpatched.
+            prompts: Name of a prompt set.
+            judge: Name of a judge.
+
+        Returns:
+            Scores [patches, prompts].
+
+        Raises:
+            SnpatchError: A completion or a score fails.
+        """
+        chats, opened_judge = self.prompts(prompts), self.judge(judge)
+        with Store(self.out) as store, self.progress(f"completions of {prompts}") as progress:
+            records = generation.generate_completions(
+                self.engine, chats, patches, self.sampling, store=store, progress=progress
+            )
+            flat_records = list(chain.from_iterable(records))
+            judging.judge_all(flat_records, {judge: opened_judge}, store)
+        judging.check_scored(flat_records)
+        scores = [record["scores"][judge] for record in flat_records]
+        return np.array(scores).reshape(len(patches), len(chats))
 
     def run_sweep(self, spec: SweepSpec, store: Store, max_restarts: int = MAX_RESTARTS) -> SweepResult:
         """Run the sweep of a file. Its result lists failures.

@@ -89,8 +89,6 @@ class LoadedModels:
             self.models[BASE] = Model(self.weights[PRIMARY_WEIGHTS], IA3Scales.ones(geometry.n_layers, geometry.widths))
         checked: set[str] = set()  # all models on the secondary weights name the same LoRA folders
         for name, source in sources.items():
-            if name in self.models:
-                raise SnpatchError(f"model name {name!r} is taken")
             for folder in source.lora:
                 if folder not in checked:
                     self._check_lora(folder)
@@ -102,9 +100,14 @@ class LoadedModels:
                     self._note_no_effect(" on ".join(map(str, source.adapters)), "all of its scales are 1")
             for folder in (*source.lora, *source.adapters):
                 self._note_other_base(folder, source.checkpoint or self._config.model)
-            model = Model(self.weights[source.weights_source], scales)
-            check(name, model)
-            self.models[name] = model
+            self.add_model(name, Model(self.weights[source.weights_source], scales), check)
+
+    def add_model(self, name: str, model: Model, check: Callable[[str, Model], None]) -> None:
+        """Add a model that is already loaded. check: see `add`."""
+        if name in self.models:
+            raise SnpatchError(f"model name {name!r} is taken")
+        check(name, model)
+        self.models[name] = model
 
     def check_late_adapter(self, source: ModelSource) -> None:
         """Check adapters that are added after the start.

@@ -23,7 +23,7 @@ ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("dom.js", "plots.js", "completions.js", "page.js")
 COMPLETIONS_PER_CHUNK = 500
 CASE_FIELDS = ("set", "prompt_index", "seed", "prompt")
-POINT_FIELDS = ("recipient", "donor", "ranking", "control_seed", "rank_lo", "rank_hi", "strength")
+POINT_FIELDS = ("recipient", "donor", "ranking", "control", "control_seed", "rank_lo", "rank_hi", "strength")
 RECORD_FIELDS = ("state", "error", "finish_reason", "overwrites", "scores")
 DATA_FIELDS = ("command", "unfinished", "headline", "notes", "provenance", "rows", "score_names", "maps", "reports")
 

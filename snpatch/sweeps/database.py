@@ -21,7 +21,7 @@ from typing import TypeVar
 from snpatch.errors import SnpatchError, first_line, one_line
 from snpatch.sweeps.owners import Process
 
-VERSION = 4
+VERSION = 5
 
 TABLES = """
 CREATE TABLE texts (

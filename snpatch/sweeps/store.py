@@ -27,8 +27,8 @@ STORE_FILE = "sweep.sqlite"
 OLD_STORE_FILE = "completions.jsonl"  # of versions before the SQLite file
 LABEL_TYPES = {  # of a sweep's completion
     "set": (str,), "prompt_index": (int,), "prompt": (str,), "sample": (int, NoneType), "recipient": (str,),
-    "donor": (str, NoneType), "ranking": (str, NoneType), "control_seed": (int, NoneType), "rank_lo": (int,),
-    "rank_hi": (int,), "strength": (float, int, NoneType),
+    "donor": (str, NoneType), "ranking": (str, NoneType), "control": (str, NoneType), "control_seed": (int, NoneType),
+    "rank_lo": (int,), "rank_hi": (int,), "strength": (float, int, NoneType),
 }  # fmt: skip
 
 

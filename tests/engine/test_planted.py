@@ -4,8 +4,9 @@ import oracle
 import pytest
 import tiny
 import torch
+from transformers import AutoModelForCausalLM
 
-from snpatch import Constant, Engine, Patch, Ranking, Sampling, Scale
+from snpatch import Constant, Engine, Patch, Ranking, Sampling, Scale, SnpatchError
 
 K = len(tiny.PLANTED)
 WORDS = Sampling(max_tokens=4)
@@ -98,3 +99,24 @@ def test_strength_scales_the_output_of_a_planted_neuron_exactly(engine, planted_
     for factor in (0.0, 0.5, 4.0, -2.0):
         shift = direction(Patch("sft", Scale(factor), ranking, len(last))) - unpatched
         assert shift == pytest.approx((factor - 1) * scale_shift, rel=1e-4, abs=1e-5)
+
+
+def test_masked_adapter_has_the_donors_factors_on_the_window_alone(engine, planted_model, ranking):
+    """Compare with a plain model whose output directions are multiplied by the factors."""
+    engine.add_masked_adapter("sft-safe", "sft", "dpo", ranking, K)
+    engine.add_masked_adapter("sft-rest", "sft", "dpo", ranking, (K, len(ranking)))
+    assert answers(engine, "sft-safe") == {tiny.SAFE}
+    assert answers(engine, "sft-rest") == {tiny.HARM}
+    expected = AutoModelForCausalLM.from_pretrained(planted_model.folder, dtype=torch.float32)
+    factors = {name: engine.requests.model(name).scales.vectors["down_proj"] for name in ("sft", "dpo")}
+    is_masked = ranking.rank < K
+    for layer, block in enumerate(expected.model.layers):
+        block.mlp.down_proj.weight.data *= torch.where(is_masked[layer], factors["dpo"][layer], factors["sft"][layer])
+    for prompt, actual in zip(tiny.PROMPTS, engine.logprobs(tiny.PROMPTS, "sft-safe"), strict=True):
+        ids = torch.tensor(engine.encode([prompt], "sft"))
+        logprobs = expected(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).flatten()
+        assert torch.allclose(actual.values, logprobs, atol=1e-4)
+    with pytest.raises(SnpatchError, match="'sft-safe' is taken"):
+        engine.add_masked_adapter("sft-safe", "sft", "dpo", ranking, K)
+    with pytest.raises(SnpatchError, match="expected a ranking of"):
+        engine.add_masked_adapter("other", "sft", "dpo", Ranking.from_scores(torch.rand(2, 3)), 1)

@@ -35,11 +35,12 @@ const openCompletions = async () => {
 
 const pointLabel = (point, donor) => {
   if (!isDefined(point.ranking)) return `${point.recipient}, unpatched${point.recipient === donor ? ", donor" : ""}`;
-  const control = isControl(point) ? `random control ${point.control_seed} of ` : "";
+  const seed = isDefined(point.control_seed) ? ` ${point.control_seed}` : "";
+  const control = isControl(point) ? `${controlName(point)}${seed} of ` : "";
   return `${windowLabel(point)}, ${control}${point.ranking}`;
 };
 
-const POINT_FIELDS = ["recipient", "donor", "ranking", "control_seed", "rank_lo", "rank_hi", "strength"];
+const POINT_FIELDS = ["recipient", "donor", "ranking", "control", "control_seed", "rank_lo", "rank_hi", "strength"];
 const isSamePoint = (one, other) => POINT_FIELDS.every(name => one[name] === other[name]);
 
 /** Mark the first word of a completion that differs from the reference, or its end if the reference continues. */
@@ -78,7 +79,8 @@ const createBrowser = ({cases, points, byCase, load, buildSearch}, selection) =>
     const wantedFields = {recipient, donor, strength};
     const patched = numbered.filter(point => isDefined(point.ranking) && matchesFields(wantedFields, point))
       .sort((a, b) => rankings.indexOf(a.ranking) - rankings.indexOf(b.ranking) || a.rank_lo - b.rank_lo
-        || a.rank_hi - b.rank_hi || (a.control_seed ?? -1) - (b.control_seed ?? -1));
+        || a.rank_hi - b.rank_hi || String(a.control ?? "").localeCompare(b.control ?? "")
+        || (a.control_seed ?? -1) - (b.control_seed ?? -1));
     const findUnpatched = name => numbered.find(point => !isDefined(point.ranking) && point.recipient === name);
     const unpatched = distinct([recipient, donor]).map(findUnpatched).filter(isDefined);
     const visible = [...unpatched, ...patched.filter(point => !isControl(point) || byId("controls").checked)];

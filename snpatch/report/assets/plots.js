@@ -45,7 +45,13 @@ const drawPlot = (id, traces, layout, description) => {
 const rankingNames = rows => distinct(rows.map(row => row.ranking).filter(isDefined));
 const sortByWindow = rows => rows.toSorted((a, b) => a.rank_hi - b.rank_hi || a.rank_lo - b.rank_lo);
 const isTop = row => row.rank_lo === 0;
-const isControl = row => isDefined(row.control_seed);
+const isControl = row => isDefined(row.control);
+/** Names of the kinds of controls that are not plain random ones. */
+const CONTROL_NAMES = {
+  magnitude: "largest activations", matched: "matched activations", equal_energy: "random, equal energy",
+};
+const CONTROL_DASHES = {magnitude: "dash", matched: "dashdot", equal_energy: "dot"};
+const controlName = row => CONTROL_NAMES[row.control] ?? "random controls";
 const windowLabel = row => row.rank_lo ? `ranks ${row.rank_lo} to ${row.rank_hi}` : `k = ${row.rank_hi}`;
 const isSameWindow = (one, other) => one?.rank_lo === other?.rank_lo && one?.rank_hi === other?.rank_hi;
 const describeWindow = row => `${windowLabel(row)} (${formatPercent(row.neuron_fraction, 1)} of the neurons)`;
@@ -89,12 +95,13 @@ const createRankAxis = (rows, isLog) => {
   return {toX, axis};
 };
 
-/** Build a panel's traces of an estimate: rankings with intervals, random controls in gray, unpatched models dashed. */
+/** Build a panel's traces of an estimate: rankings with intervals, controls in gray, unpatched models dashed. */
 const panelTraces = ({recipient, donor, rows, unpatched}, rankings, name, toX) => {
   const {format, levels} = ESTIMATES[name];
   const hover = rows => ({
     text: rows.map(row => [
-      isDefined(row.ranking) ? describeWindow(row) : row.recipient, isControl(row) && `seed ${row.control_seed}`,
+      isDefined(row.ranking) ? describeWindow(row) : row.recipient, isControl(row) && controlName(row),
+      isDefined(row.control_seed) && `seed ${row.control_seed}`,
       `${format(row[name])} ${formatInterval(row, name, format)}`,
     ].filter(Boolean).map(escapeLabel).join("<br>")),
     customdata: rows.map(row => ({recipient, row})), hovertemplate: "%{text}<extra></extra>", mode: "lines",
@@ -118,11 +125,13 @@ const panelTraces = ({recipient, donor, rows, unpatched}, rankings, name, toX) =
   }
   for (const [at, ranking] of rankings.entries()) {
     const rankingRows = sortByWindow(rows.filter(row => row.ranking === ranking && isDefined(row[name])));
-    const controls = {name: "random controls", line: {color: cssColor("control"), width: 1}};
-    for (const seed of distinct(rankingRows.filter(isControl).map(row => row.control_seed))) {
-      const seedRows = rankingRows.filter(row => row.control_seed === seed);
-      traces.push({...topTrace(seedRows.filter(isTop)), ...controls});
-      traces.push({...windowTrace(seedRows.filter(row => !isTop(row))), ...controls});
+    const drawKey = row => JSON.stringify([row.control, row.control_seed]);
+    for (const draw of distinct(rankingRows.filter(isControl).map(drawKey))) {
+      const drawRows = rankingRows.filter(row => isControl(row) && drawKey(row) === draw);
+      const name = controlName(drawRows[0]), dash = CONTROL_DASHES[drawRows[0].control] ?? "solid";
+      const look = {name, line: {color: cssColor("control"), width: dash === "solid" ? 1 : 1.5, dash}};
+      traces.push({...topTrace(drawRows.filter(isTop)), ...look});
+      traces.push({...windowTrace(drawRows.filter(row => !isTop(row))), ...look});
     }
     const neurons = rankingRows.filter(row => !isControl(row));
     const top = neurons.filter(isTop), windows = neurons.filter(row => !isTop(row)), color = rankingColor(at);
