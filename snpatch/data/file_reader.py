@@ -28,6 +28,10 @@ KINDS = (".jsonl", ".json", ".csv", ".parquet", *TEXT_SUFFIXES)
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 METADATA_FILES = ("dataset_info.json", "dataset_infos.json")  # metadata files of the `datasets` library
 DELIMITERS = (";", "\t")  # of CSV files that are not read
+BYTE_ORDER_MARKS = {  # UTF-32 first: its little-endian mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 MESSAGE_KEYS = {"role", "from"}  # of messages, with either of which a list is a chat and not a column
 MAX_LINE_BYTES = 2**26  # of a line or CSV field; the csv module's default of 131072 is less than some published fields
@@ -118,11 +122,24 @@ def _open(path: Path) -> Iterator[BufferedReader]:
         if path.is_file():  # a pipe can be read once
             check_no_lfs_pointer(path)
         with cast(BufferedReader, OPENERS.get(path.suffix.lower(), open)(path, "rb")) as stream:
-            if stream.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise SnpatchError(f"{path}: UTF-16, expected UTF-8. Convert it: iconv -f UTF-16 -t UTF-8.")
+            _check_encoding(path, stream.peek(4)[:4])
             yield stream
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise SnpatchError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_encoding(path: Path, start: bytes) -> None:
+    """Raise a SnpatchError for the first bytes of a text in UTF-16 or UTF-32, with or without a byte order mark."""
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
+    if (
+        encoding is None
+        and start[:1]
+        and b"\0" in start
+        and get_suffix(path) in (".jsonl", ".json", ".csv", *TEXT_SUFFIXES)
+    ):
+        encoding = "UTF-32" if start.count(0) > 2 else "UTF-16"
+    if encoding:
+        raise SnpatchError(f"{path}: expected UTF-8, got {encoding}. Convert it: iconv -f {encoding} -t UTF-8.")
 
 
 def _lines(path: Path, stream: IO[AnyStr]) -> Iterator[AnyStr]:
@@ -256,7 +273,9 @@ class _JsonParser:
         except UnicodeDecodeError as error:
             return None, f"not UTF-8: {error}"
         except ValueError as error:
-            return None, f"not JSON: {error}"
+            lines = content.strip().count(b"\r")
+            remedy = ". Its lines end in CR alone: convert them to LF" if lines and b"\n" not in content.strip() else ""
+            return None, f"not JSON: {error}{remedy}"
         return value, self.find_doubled_key(value)
 
     def find_doubled_key(self, value: object) -> str | None:

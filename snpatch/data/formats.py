@@ -178,6 +178,12 @@ def get_text(row: dict, field: str, empty: bool = False) -> str:
     return value.strip()
 
 
+NOT_TEXT_FIELDS = (  # of a message: templates render them beside or in place of its content
+    "tool_calls", "tool_call_id", "function_call", "tools", "reasoning", "reasoning_content", "thinking", "images",
+    "image", "audio", "video", "videos",
+)  # fmt: skip
+
+
 def get_turns(row: dict, field: str, role: str = "role", content: str = "content") -> Chat:
     """Return a field's list of messages, with contents stripped; raise a RowError if it is none."""
     value = row[field]
@@ -185,6 +191,8 @@ def get_turns(row: dict, field: str, role: str = "role", content: str = "content
         raise RowError(f"{field}: expected a list of {role} and {content}, got {shorten_repr(value)}")
     if not all(isinstance(turn.get(content), str) for turn in value):
         raise RowError(f"{field}: expected a list of {role} and {content}, each a string")
+    if names := {name for turn in value for name in NOT_TEXT_FIELDS if turn.get(name)}:
+        raise RowError(f"{field}: expected messages of text, got {', '.join(sorted(names))}, which would be lost")
     return [{"role": turn[role], "content": get_text(turn, content, empty=True)} for turn in value]
 
 

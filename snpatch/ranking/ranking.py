@@ -4,6 +4,7 @@ It stores `rank` and not a list of neurons, because a window is then two integer
 k share one tensor on the device.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +32,7 @@ from snpatch.utils.tensors import FLOATS, check_tensor, check_type, is_finite
 if TYPE_CHECKING:
     import numpy as np
 
+logger = logging.getLogger(__name__)
 MOMENTS = ("recipient_mean", "recipient_std", "donor_mean", "donor_std")
 ROUNDING = 1e-6  # relative difference of equal models' activations, whose rows are computed separately
 
@@ -447,6 +449,11 @@ class Ranking:
             raise SnpatchError(f"expected {kind} of {list(shape)}, got {list(found.size)}")
         if found.scores is None:
             return cls.from_order(require(found.order), shape, {**meta, **({"tied": found.tied} if found.tied else {})})
+        if len(found.scores) < shape[0]:
+            logger.warning(
+                f"snpatch: {meta.get('imported', 'scores')}: scores of {len(found.scores)} of {shape[0]} layers; the "
+                "others are not ranked"
+            )
         padded = torch.nn.functional.pad(found.scores, (0, 0, 0, shape[0] - len(found.scores)))
         return cls.from_scores(padded, range(len(found.scores), shape[0]), meta=meta)
 

@@ -26,6 +26,7 @@ from snpatch.server.errors import (
 from snpatch.server.install import install
 from snpatch.server.responses import limit_send_time, remove_paths_from_errors
 from snpatch.server.state import ServerState
+from snpatch.server.uploads import LOADERS
 from snpatch.utils.optional import require
 
 GENERATING_ROUTES = (
@@ -37,6 +38,7 @@ GENERATING_ROUTES = (
 )
 OTHER_ROUTES = ("/", *ALWAYS_OPEN, *OPENABLE, "/v1/models", "/v1/messages/count_tokens", "/v1/snpatch")
 ROUTE_PREFIXES = ("/v1/responses/", "/v1/snpatch/")
+UPLOAD_PREFIXES = tuple(f"/v1/snpatch/{kind}/" for kind in LOADERS)  # of routes without POST, which respond with 405
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 PREFLIGHT_HEADERS = ("origin", "access-control-request-method")  # of a browser's request before it sends a key
 RETRY_AFTER = (b"retry-after", b"1")  # seconds; in each 503 except a GET's
@@ -96,7 +98,8 @@ async def _admit(
     config = state.config
     body = request_limits.BodyReader(receive, config.body_timeout_s, state.body_quota)
     receive = body.receive
-    if method == "POST":  # quotas are acquired after the body has arrived, so that slow bodies keep no request out
+    # Quotas are acquired after the body has arrived, so that slow bodies keep no request out.
+    if method == "POST" and not path.startswith(UPLOAD_PREFIXES):
         request_limits.check_content_type(headers)
         content = await body.read(int(headers.get("content-length", 0)), require(config.max_body_bytes))
         await state.bodies.wait()

@@ -755,8 +755,34 @@ def test_file_without_data_is_rejected(tmp_path, name):
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(SnpatchError, match="a pointer of Git LFS, not the data"):
         load_dataset(path)
-    path.write_bytes('{"prompt": "a"}'.encode("utf-16"))
-    with pytest.raises(SnpatchError, match="UTF-16, expected UTF-8"):
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes('{"prompt": "a"}'.encode(encoding))
+        with pytest.raises(SnpatchError, match=f"expected UTF-8, got {encoding.upper()}"):
+            load_dataset(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "p.txt"])
+def test_wide_encoding_without_byte_order_mark_is_named(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes('{"prompt": "a"}'.encode(encoding))
+    with pytest.raises(SnpatchError, match=f"expected UTF-8, got {encoding[:6].upper()}. Convert it: iconv"):
+        load_dataset(tmp_path / name)
+
+
+def test_jsonl_with_carriage_returns_alone_names_the_remedy(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b'{"prompt": "a"}\r{"prompt": "b"}\r')
+    with pytest.raises(SnpatchError, match=r"not JSON: Extra data.*convert them to LF"):
+        load_dataset(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("field", ["tool_calls", "reasoning_content", "images"])
+def test_message_with_more_than_text_is_rejected(tmp_path, field):
+    message = {"role": "user", "content": "a", field: None}
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps({"messages": [message]}))
+    assert load_dataset(path).prompts == AB[:1]
+    path.write_text(json.dumps({"messages": [{**message, field: ["x"]}]}))
+    with pytest.raises(SnpatchError, match=f"line 1: messages: expected messages of text, got {field}"):
         load_dataset(path)
 
 

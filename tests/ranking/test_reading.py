@@ -88,10 +88,11 @@ def test_load_reads_list_of_neurons(tmp_path, name):
         ("s.pt", {"scores": SCORES}),
     ],
 )
-def test_load_scores_of_all_neurons(tmp_path, file, value):
+def test_load_scores_of_all_neurons(tmp_path, file, value, caplog):
     path = save_value(tmp_path / file, value)
     assert Ranking.load(path).top(3).tolist() == BY_SCORE
     padded = Ranking.load(path, SHAPE)  # as published, the last layers are missing
+    assert "scores of 2 of 3 layers; the others are not ranked" in caplog.text
     assert (padded.top(3).tolist(), padded.shape, len(padded)) == (BY_SCORE, SHAPE, 8)
     assert padded.meta["excluded_layers"] == [2]
     for shape in ((1, 4), (2, 5)):
