@@ -129,7 +129,10 @@ def _open(path: Path) -> Iterator[BufferedReader]:
 
 
 def _check_encoding(path: Path, start: bytes) -> None:
-    """Raise a SnpatchError for the first bytes of a text in UTF-16 or UTF-32, with or without a byte order mark."""
+    """Raise a SnpatchError for the first bytes of a text in UTF-16 or UTF-32.
+
+    A byte order mark is not needed.
+    """
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), None)
     if (
         encoding is None

@@ -178,7 +178,7 @@ def get_text(row: dict, field: str, empty: bool = False) -> str:
     return value.strip()
 
 
-NOT_TEXT_FIELDS = (  # of a message: templates render them beside or in place of its content
+NOT_TEXT_FIELDS = (  # of a message; templates render them with its content, or instead of it
     "tool_calls", "tool_call_id", "function_call", "tools", "reasoning", "reasoning_content", "thinking", "images",
     "image", "audio", "video", "videos",
 )  # fmt: skip

@@ -231,6 +231,12 @@ def test_body_without_json_content_type_is_415(serve, path, content_type):
     assert "content-type: expected application/json" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["rankings", "constants"])
+def test_post_to_an_upload_is_405(serve, kind):
+    (answer,) = send(serve()[0], ("POST", f"/v1/snpatch/{kind}/name", {"content": b"x"}))
+    assert answer.status_code == 405
+
+
 def in_pieces(n: int, size: int):
     async def pieces():
         for _ in range(n):
