@@ -72,6 +72,17 @@ class Dataset:
             raise SnpatchError(f"{self.name}: expected prompts, got running text")
         return prompts
 
+    def labels(self, column: str) -> list[str]:
+        """Return `meta[column]` of each example as text, for example the categories of the prompts.
+
+        Raises:
+            SnpatchError: An example has no such column.
+        """
+        if missing := [example for example in self.examples if example.meta.get(column) is None]:
+            columns = ", ".join(missing[0].meta)
+            raise SnpatchError(f"{self.name}: labels: expected one of the columns {columns}, got {column}")
+        return [str(example.meta[column]) for example in self.examples]
+
     @property
     def text(self) -> str:
         """Return the rows joined by blank lines, as for the paper's perplexity.

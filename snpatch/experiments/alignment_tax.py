@@ -16,7 +16,8 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.report.formatting import describe_score, format_p_value, format_with_interval, to_plot_label
 from snpatch.report.report import Report, TableView
-from snpatch.statistics import interval, paired_p
+from snpatch.significance import paired_p
+from snpatch.statistics import interval
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.sweep import SweepResult
 
@@ -90,8 +91,9 @@ def run(context: ExperimentContext, settings: AlignmentTaxSettings) -> Report:
         {"alignment_tax": rows},
         {"alignment_tax": _plot(rows)},
         (TableView.from_rows(rows, columns),),
-        [*_build_headline(rows, k), *dict.fromkeys(notes)],
+        _build_headline(rows, k),
         records=records,
+        notes=[*dict.fromkeys(notes)],
     )
 
 

@@ -4,7 +4,7 @@ Why the folder stores rankings and completions: experiments overlap (`exp all` p
 tables), and a killed run must not start from nothing. Each use is recorded in the provenance.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
@@ -203,6 +203,20 @@ class ExperimentContext:
         """
         return self.data(name).prompts
 
+    def clusters(self, sets: Iterable[str], config: SweepConfig) -> dict[str, list[str]] | None:
+        """Return the cluster of each prompt of each set; None if the sweep has no `cluster_by`.
+
+        Args:
+            sets: Names of prompt sets of the config.
+            config: The grid.
+
+        Raises:
+            SnpatchError: A prompt has no such column.
+        """
+        if not config.cluster_by:
+            return None
+        return {name: self.data(name).labels(config.cluster_by) for name in sets}
+
     def ranking(self, contrast: Contrast | None = None, positions: str = "completion") -> Ranking:
         """Return the ranking of a contrast; compute it unless the folder has it.
 
@@ -281,7 +295,10 @@ class ExperimentContext:
         sets = {prompts: self.prompts(prompts)}
         with self.progress(f"sweep of {prompts}") as progress:
             name = f"{experiment} on {prompts}"
-            result = sweep(self.engine, sets, rankings, judges, config, store=self.out, name=name, progress=progress)
+            result = sweep(
+                self.engine, sets, rankings, judges, config,
+                clusters=self.clusters(sets, config), store=self.out, name=name, progress=progress,
+            )  # fmt: skip
         judging.check_scored(result.records)
         return result
 
@@ -325,7 +342,7 @@ class ExperimentContext:
         with self.progress("sweep") as progress:
             return sweep(
                 self.engine, sets, rankings, judges, spec.sweep,
-                store=store, max_restarts=max_restarts, progress=progress,
+                clusters=self.clusters(sets, spec.sweep), store=store, max_restarts=max_restarts, progress=progress,
             )  # fmt: skip
 
     def write_shard(
@@ -346,7 +363,7 @@ class ExperimentContext:
             Number of completions of the shard.
         """
         judges, sets, rankings = self._open_sweep(spec)
-        plan = plan_sweep(self.engine, sets, rankings, spec.sweep)
+        plan = plan_sweep(self.engine, sets, rankings, spec.sweep, self.clusters(sets, spec.sweep))
         keys = list(dict.fromkeys(task.key for task in plan.flat_tasks if task.key is not None))
         shard_keys = set(keys[shard - 1 :: num_shards])
         tasks = [task for task in plan.flat_tasks if task.key in shard_keys]

@@ -21,6 +21,7 @@ from snpatch.executors.base import Progress
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.sweeps import generation, judging, sweep
+from snpatch.sweeps.points import build_points
 from snpatch.sweeps.store import Store, StoredCompletion
 from snpatch.sweeps.sweep_file import SweepSpec
 from snpatch.utils.optional import install_hint
@@ -98,7 +99,7 @@ class Replica:
         context, config = self._context, self._spec.sweep
         rankings = context.sweep_rankings(self._spec)
         sets = {name: context.prompts(name) for name in self._spec.set_names}
-        plan = sweep.plan_sweep(context.engine, sets, rankings, config)
+        plan = sweep.plan_sweep(context.engine, sets, rankings, config, context.clusters(sets, config))
         self._requests = {task.key: task.request for task in plan.flat_tasks if task.request is not None}
         for request in self._requests.values():
             context.engine.executor.check_request(request)
@@ -164,10 +165,10 @@ def run(
             context.record_model(info, name)
         for name, ranking in info.rankings.items():
             context.record_ranking(name, ranking)
-        points, notes = sweep.build_points(info.rankings, spec.sweep)
+        points, notes = build_points(info.rankings, spec.sweep)
         tasks = [generation.tasks_from_keys(chats, point_tasks, spec.sweep.samples) for point_tasks in info.tasks]
         sizes = {name: len(context.prompts(name)) for name in spec.set_names}
-        plan = sweep.label_tasks(points, notes, sizes, tasks)
+        plan = sweep.label_tasks(points, notes, sizes, tasks, context.clusters(sizes, spec.sweep))
         plan.set_labels("sweep", judges, store)
         prompts = {task.key: task.prompt for task in plan.flat_tasks if task.key is not None}
         with context.progress("sweep") as progress, judging.BackgroundScorer(judges, store) as scorer:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 from matplotlib.figure import Figure
 
-from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config
+from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config, describe_neurons
 from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
@@ -44,17 +44,6 @@ def run(context: ExperimentContext, settings: TransferSettings) -> Report:
     table = _build_published_table(context, results)
     if perplexities:
         table = [row | {"perplexity": ppl} for row, ppl in zip(table, perplexities, strict=True)]
-    patched_rows = [row for row in rows if row["ranking"] is not None and row["control_seed"] is None]
-    effects = {
-        recipient: [row["effect"] for row in patched_rows if row["recipient"] == recipient]
-        for recipient in context.config.recipients
-    }
-    headline = [
-        f"{recipient}: {k} neurons recover {format_range(defined, format_percent)} of the safety gain "
-        f"over {len(defined)} benchmarks."
-        for recipient, values in effects.items()
-        if (defined := [value for value in values if value is not None])
-    ]
     title = f"mean {describe_score(context.config.cost)}; + = patched with {k} neurons"
     display = TableView.from_rows(table, {name: name for name in table[0]}, title)
     records = [{"benchmark": name, **record} for name, result in results.items() for record in result.records]
@@ -63,9 +52,29 @@ def run(context: ExperimentContext, settings: TransferSettings) -> Report:
         {"transfer": rows, "transfer-table": table},
         {"transfer": _plot(table, results)},
         (display,),
-        [*headline, *dict.fromkeys(note for result in results.values() for note in result.notes)],
+        [_describe_recipient(context, results, recipient) for recipient in context.config.recipients],
         records=records,
+        notes=[*dict.fromkeys(note for result in results.values() for note in result.notes)],
     )
+
+
+def _describe_recipient(context: ExperimentContext, results: dict[str, SweepResult], recipient: str) -> str:
+    """Write the sentence of a recipient: its effects on all benchmarks, and those without an established gap."""
+    cost, donor = context.config.cost, context.config.donor
+    rows = {name: result.line(cost, recipient, "safety")[0] for name, result in results.items()}
+    effects = [row.effect for row in rows.values() if row.effect is not None]
+    gaps = [row.gap for row in rows.values() if row.effect is not None and row.gap is not None]
+    unknown = [name for name, row in rows.items() if row.effect is None]
+    sentence = f"{recipient}: {describe_neurons(next(iter(rows.values())))} move the mean {cost} "
+    if effects:
+        sentence += (
+            f"{format_range(effects, format_percent)} of the way to {donor} on {len(effects)} benchmarks (gap "
+            f"{format_range(gaps)})"
+        )
+    if unknown:
+        joint = "; " if effects else "by an unknown share: "
+        sentence += f"{joint}the gap to {donor} is not established on {', '.join(unknown)}"
+    return f"{sentence}."
 
 
 def _build_published_table(context: ExperimentContext, results: dict[str, SweepResult]) -> list[Row]:

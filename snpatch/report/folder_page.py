@@ -18,8 +18,8 @@ from snpatch.errors import SnpatchError, first_line
 from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import describe_score
 from snpatch.report.page import Page
+from snpatch.sweeps.rows import Row
 from snpatch.sweeps.store import STORE_FILE, Store, describe_unfinished
-from snpatch.sweeps.sweep import Row
 from snpatch.sweeps.sweep_file import SPEC_FILE, SweepSpec
 from snpatch.utils.schema import parse_json
 

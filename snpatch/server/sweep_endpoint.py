@@ -23,8 +23,8 @@ from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
 from snpatch.server.errors import error_message
 from snpatch.server.state import ServerState
-from snpatch.statistics import UNDEFINED, causal_effect, interval, paired_p
-from snpatch.sweeps.sweep import DEFAULT_SET, Row
+from snpatch.sweeps.rows import Row, compare_scores
+from snpatch.sweeps.sweep import DEFAULT_SET
 from snpatch.utils.optional import require
 from snpatch.utils.schema import option
 
@@ -300,31 +300,23 @@ class ClientSweep:
         description, point = self._describe(self._points[p]), self._points[p]
         completions = [completion for completion in self._completions[p] if isinstance(completion, Completion)]
         floor = {"floor": description.pop("floor")} if point.floor else {}
-        is_patched, mean, effect = isinstance(point.patch, Patch), UNDEFINED, UNDEFINED
-        has_donor = is_patched and isinstance(self._points[1].patch, str)
-        compared = np.stack([scores[p], *([scores[0]] if is_patched else []), *([scores[1]] if has_donor else [])])
+        patch = point.patch if isinstance(point.patch, Patch) else None
+        has_donor = patch is not None and isinstance(self._points[1].patch, str)
+        compared = np.stack([scores[p], *([scores[0]] if patch else []), *([scores[1]] if has_donor else [])])
         own_scores, *other_scores = compared[:, ~np.isnan(compared).any(axis=0)]  # prompts without a failed completion
-        if len(own_scores):
-            mean = interval(np.mean, own_scores)
-            effect = causal_effect(own_scores, *other_scores) if has_donor else effect
-        figures: dict[str, Any] = {
-            **mean.columns("mean"),
-            **effect.columns("effect"),
-            **UNDEFINED.columns("net_effect"),
-        }
+        num_neurons = description["rank_hi"] - description["rank_lo"]
         row = Row(
             **description,
             judge=self._request.judge,
             set=DEFAULT_SET,
             control_seed=None,
-            neuron_fraction=(description["rank_hi"] - description["rank_lo"]) / self._num_neurons,
+            neuron_fraction=num_neurons / self._num_neurons,
             prompts=len(own_scores),
             failed=len(self._questions) - len(own_scores),
             tokens=sum(len(completion.token_ids) for completion in completions),
             overwrites=sum(completion.overwrites for completion in completions),
-            **figures,
-            p_vs_unpatched=paired_p(own_scores, other_scores[0]) if is_patched and len(own_scores) else None,
-            p_vs_random=None,
+            **compare_scores(own_scores, *other_scores),
+            ranked_fraction=None if patch is None else num_neurons / len(patch.ranking),
         )
         return {**asdict(row), "changed": self._changed_fraction(p), **floor}
 

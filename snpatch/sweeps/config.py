@@ -38,6 +38,11 @@ class SweepConfig:
         samples: Completions per prompt, whose scores are averaged. Their seeds count up from the sampling's seed.
         resamples: Bootstrap resamples.
         confidence: Level of the intervals.
+        report_k: Window that headlines are about, fixed before any score is seen: the window of the grid whose number
+            of neurons is nearest. An int, or a float that is a fraction of the ranked neurons; the default is the
+            paper's 5 %.
+        cluster_by: Column of the prompt sets whose values are clusters of prompts, such as a category: intervals and
+            tests are over clusters. Empty: over prompts.
     """
 
     recipients: tuple[str, ...]
@@ -63,6 +68,8 @@ class SweepConfig:
     )
     resamples: int = field(default=RESAMPLES, metadata={"min": 1})
     confidence: float = field(default=CONFIDENCE, metadata={"above": 0, "below": 1})
+    report_k: int | float = field(default=0.05, metadata={"min": 0})
+    cluster_by: str = ""
 
     if TYPE_CHECKING:  # what the constructor accepts and __post_init__ converts
 
@@ -80,6 +87,8 @@ class SweepConfig:
             samples: int = 1,
             resamples: int = RESAMPLES,
             confidence: float = CONFIDENCE,
+            report_k: int | float = 0.05,
+            cluster_by: str = "",
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -96,6 +105,10 @@ class SweepConfig:
         if not all(map(math.isfinite, self.strengths)):
             raise SnpatchError(f"sweep: strengths: expected finite numbers, got {self.strengths}")
         schema.validate(self, "sweep: ")
+        if isinstance(self.report_k, float) and self.report_k > 1:
+            raise SnpatchError(
+                f"sweep: report_k: expected a number of neurons, or a fraction in 0.0..1.0, got {self.report_k}"
+            )
         for recipient in self.recipients:
             if self.donors == (recipient,):
                 raise SnpatchError(

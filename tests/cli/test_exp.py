@@ -306,7 +306,10 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
     assert {row["block"] for row in json.loads(out_text)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
     code, out_text, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err
-    effects = {r["rank_hi"]: r["effect"] for r in json.loads(out_text)["tables"]["sweep"] if r["ranking"]}
+    sweep_rows = json.loads(out_text)["tables"]["sweep"]
+    unpatched = {row["recipient"]: row["mean"] for row in sweep_rows if not row["ranking"]}
+    gap = unpatched["dpo"] - unpatched["base"]
+    effects = {row["rank_hi"]: (row["mean"] - unpatched["base"]) / gap for row in sweep_rows if row["ranking"]}
     assert effects[smallest] >= 0.5
     below = max((k for k in effects if k < smallest), default=None)
     assert below is None or effects[below] < 0.5

@@ -510,6 +510,16 @@ def test_filter_accepts_values_as_json_strings(tmp_path):
         data.filter("safe", "true")
 
 
+def test_labels_are_the_column_of_every_prompt(tmp_path):
+    rows = [{"prompt": p, "category": c, "n": n} for p, c, n in (("a", "theft", 1), ("b", "fraud", None))]
+    data = load_dataset(write(tmp_path, "b", ".jsonl", rows))
+    assert data.labels("category") == ["theft", "fraud"]
+    with pytest.raises(SnpatchError, match="labels: expected one of the columns category, n, file, row, got source"):
+        data.labels("source")
+    with pytest.raises(SnpatchError, match="got n"):
+        data.labels("n")
+
+
 # ---- completions of prompts -----------------------------------------------------------------------------------------
 
 

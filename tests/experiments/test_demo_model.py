@@ -92,7 +92,11 @@ def test_curve_of_safety_neurons_recovers_more_than_random(folder):
     assert sft[2560]["effect"] > 0.9
     assert sft[512]["effect"] > 0.6
     assert sft[512]["p_vs_unpatched"] < 1e-6
-    assert sft[512]["p_vs_random"] < 1e-6
+    assert sft[512]["p_vs_random"] < 0.05
+    assert sft[512]["gap_t"] < -10
+    assert sft[512]["net_effect_low"] > 0.3
+    assert sft[0]["p_vs_random"] is None
+    assert sft[512]["p_share_above_0"] < 0.001
     random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control_seed"] is not None]
     assert all(abs(effect) < 0.2 for effect in random)
 
@@ -182,4 +186,6 @@ def test_experiments_on_vllm_give_the_same_tables(forked, folder, demo_config, t
     for name in names:
         for row, expected in zip(table(tmp_path, name), table(folder, name), strict=True):
             for key, value in expected.items():
-                assert row[key] == (pytest.approx(value, abs=2e-3) if isinstance(value, float) else value), key
+                assert row[key] == (pytest.approx(value, abs=2e-3, rel=1e-3) if isinstance(value, float) else value), (
+                    key
+                )

@@ -7,7 +7,7 @@ import pytest
 
 from snpatch import SnpatchError
 from snpatch.report.folder_page import load_page
-from snpatch.sweeps.sweep import Row
+from snpatch.sweeps.rows import Row
 
 SWEEP_ROW = dict.fromkeys([field.name for field in fields(Row)]) | {
     "judge": "cost",

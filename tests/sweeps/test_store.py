@@ -188,9 +188,7 @@ def test_failing_completion_leaves_the_others(engine, chats, ranking, tmp_path, 
     assert result.failures == ["prompts, prompt 2: this one cannot be run"]
     failed_records = [r for r in result.records if r["completion"] is None]
     assert {(r["rank_hi"], r["prompt_index"], r["scores"]["cost"]) for r in failed_records} == {(300, 2, None)}
-    for row, before in zip(result.rows, expected.rows, strict=True):
-        assert (row.prompts, row.failed) == ((4, 1) if row.rank_hi == 300 else (5, 0))
-        assert row.rank_hi == 300 or row == before or row.net_effect is not None
+    assert {(row.prompts, row.failed) for row in result.rows} == {(4, 1)}, "all rows share their prompts"
     monkeypatch.setattr(type(engine.executor), "stream", original)
     assert run(engine, chats, ranking, tmp_path).rows == expected.rows, "the same command again does what failed"
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
 from snpatch.experiments.common.sweep_report import build_headline, build_sweep_report
 from snpatch.report import files, terminal
-from snpatch.statistics import causal_effect, interval, paired_p
+from snpatch.significance import control_p, paired_p
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.store import OLD_STORE_FILE, STORE_FILE, Store
 from snpatch.sweeps.sweep import sweep
@@ -42,8 +42,8 @@ def ranking(engine):
 
 
 def judge(prompts, completions):
-    """Return scores that depend only on the completion."""
-    return [sum(map(ord, completion)) % 97 / 10 for completion in completions]
+    """Return scores that depend only on the completion, and establish the gap of dpo to both recipients."""
+    return [sum(map(ord, completion)) % 150 / 10 for completion in completions]
 
 
 def run(engine, ranking, store=None, judge=judge, **changes):
@@ -97,41 +97,6 @@ def test_rows_have_means_effects_and_intervals_of_the_scores(engine, ranking):
     for recipient in ("sft", "base"):
         assert by_window[recipient, 0].effect == 0
         assert by_window[recipient, 1408].effect == pytest.approx(1)
-
-
-def test_causal_effect_on_constructed_scores():
-    """Check Eq. 4 and its paired resampling: halving each prompt's own gap has effect 0.5 without spread."""
-    gap = np.array([1.0, 5.0, 2.0, 9.0])
-    recipient = np.array([3.0, 1.0, 4.0, 2.0])
-    donor = recipient - gap
-    assert causal_effect(recipient - gap / 2, recipient, donor) == pytest.approx((0.5, 0.5, 0.5))
-    assert causal_effect(recipient, recipient, donor)[0] == 0
-    assert causal_effect(donor, recipient, donor)[0] == pytest.approx(1)
-    assert causal_effect(recipient + gap, recipient, donor)[0] == pytest.approx(-1), "worse than before"
-    assert causal_effect(recipient - 2 * gap, recipient, donor)[0] == pytest.approx(2), "past the donor"
-    assert causal_effect(recipient, recipient, recipient) == (None, None, None)
-    one_sided = np.array([gap[0], 0, 0, 0])  # all of the first prompt's gap, none of the others'
-    value, low, high = causal_effect(recipient - one_sided, recipient, donor)
-    assert value == pytest.approx(1 / 17)
-    assert low == 0
-    assert high > value
-
-
-def test_interval_covers_the_mean_at_its_confidence():
-    draw = np.random.default_rng(1)
-    covered = [low <= 0 <= high for _, low, high in (interval(np.mean, draw.normal(size=40)) for _ in range(300))]
-    assert 0.88 < np.mean(covered) < 0.99
-
-
-def test_paired_p_is_the_t_test_over_prompts():
-    before, after = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.5, 1.0, 2.0, 4.5])
-    difference = after - before
-    t = difference.mean() / (difference.std(ddof=1) / 2)
-    from scipy.stats import t as student
-
-    assert paired_p(after, before) == pytest.approx(2 * student.sf(abs(t), 3))
-    assert paired_p(before, before) is None
-    assert paired_p([1.0], [2.0]) is None
 
 
 def test_promise_8_killed_sweep_resumes(engine, ranking, tmp_path, stored_keys):
@@ -256,7 +221,7 @@ def test_promise_4_overflowing_strength_fails_only_its_own_completions(engine, r
 def test_sweep_without_or_with_overlapping_controls(engine, ranking):
     assert not [r for r in run(engine, ranking, controls=0).rows if r.control_seed is not None]
     overlapping = run(engine, ranking, disjoint=False)
-    assert not overlapping.notes
+    assert not any("control" in note for note in overlapping.notes)
     assert {r.rank_hi for r in overlapping.rows if r.control_seed is not None} == {0, 70, 300, 1408}
 
 
@@ -300,10 +265,10 @@ def test_overlapping_controls_are_compared_and_noted_once(overlapping, overlap):
         scores.setdefault((r["recipient"], r["control_seed"], r["rank_hi"]), []).append(r["scores"]["cost"])
     for row in overlapping.rows:
         if row.ranking and row.rank_hi == 600 and row.control_seed is None:
-            random = np.mean([scores[row.recipient, seed, 600] for seed in range(3)], axis=0)
-            assert row.p_vs_random == paired_p(np.array(scores[row.recipient, None, 600]), random)
+            random = [scores[row.recipient, seed, 600] for seed in range(3)]
+            assert row.p_vs_random == control_p(scores[row.recipient, None, 600], random, row.gap)
             assert row.net_effect is not None
-    whole, note = overlapping.notes
+    whole, note, *_ = overlapping.notes
     assert whole == (
         "safety [0, 1408) has no random control: no other neurons are left, so a control would be the window itself"
     )
@@ -323,13 +288,15 @@ def test_overlapping_controls_leave_other_rows_and_stored_completions_unchanged(
     assert added == {(None, 600), (0, 600), (1, 600)}
     assert len(stored_keys) - before == 2 * 3 * len(PROMPTS), "of two recipients, and nothing else is generated again"
     alone = run(engine, ranking, windows=(70, 1408), controls=3)
-    assert [row for row in overlapping.rows if row.rank_hi != 600] == alone.rows
+    joint = dict.fromkeys(("band_low", "band_high", "q_vs_random", "p_holm_vs_random"))  # of all windows of a curve
+    others = [replace(row, **joint) for row in overlapping.rows if row.rank_hi != 600]
+    assert others == [replace(row, **joint) for row in alone.rows]
 
 
 def test_controls_of_last_layer_too_small_for_the_window_are_absent(engine, ranking):
     result = run(engine, ranking, windows=(353,), control_kind="last_layer", recipients=("sft",))
     assert not [row for row in result.rows if row.control_seed is not None]
-    (note,) = result.notes
+    note, *_ = result.notes
     assert note.startswith(
         "safety [0, 353) has no random control: random_control: expected 353 neurons to draw from in"
     )
@@ -340,12 +307,12 @@ def test_report_marks_overlapping_controls(overlapping, overlap):
     (rows,) = report.tables.values()
     assert {row["rank_hi"] for row in rows if row["control_overlap"]} == {600}
     (table,) = report.displays
-    neurons, column = table.columns.index("neurons"), table.columns.index("overlap")
+    neurons, column = table.columns.index("neurons (of all)"), table.columns.index("overlap")
     marked = {row[neurons]: row[column] for row in table.rows if row[column]}
     assert marked == {f"600 ({600 / 1408:.1%})": f"{overlap:.1%}"}
-    assert report.notes.count(overlapping.notes[-1]) == 1
-    best = with_donor_gain(replace(overlapping, rows=[r for r in overlapping.rows if r.rank_hi in (0, 600)]), gain=5)
-    assert all(f"({overlap:.1%} of them in the window: conservative)." in line for line in build_headline(best))
+    assert report.notes.count(overlapping.notes[1]) == 1
+    reported = replace(overlapping, config=replace(overlapping.config, report_k=600))
+    assert all(f"({overlap:.1%} of them in the window: conservative)" in line for line in build_headline(reported))
 
 
 def test_controls_are_drawn_from_all_neurons_outside_their_window(ranking):
@@ -391,6 +358,7 @@ def test_folder_of_older_version_raises(engine, ranking, tmp_path):
         ({"controls": -1}, "controls"),
         ({"control_kind": "nowhere", "controls": 0}, "control_kind: expected one of"),
         ({"confidence": 2.0}, "confidence"),
+        ({"report_k": 1.5}, r"report_k: expected a number of neurons, or a fraction in 0.0..1.0, got 1.5"),
         ({"judge": lambda prompts, completions: [float("nan")] * len(prompts)}, "'cost'.*finite score, got nan"),
         ({"judge": lambda prompts, completions: [1.0]}, "'cost'.*one a completion, got 1"),
     ],
@@ -445,45 +413,11 @@ def test_p_values_compare_with_recipient_and_random_neurons(engine, ranking):
     )
     patched_scores = np.array(scores["sft", "safety", None, 70, 300])
     recipient_scores = np.array(scores["sft", None, None, 0, 0])
-    random_scores = np.mean([scores["sft", "safety", seed, 70, 300] for seed in range(2)], axis=0)
+    random_scores = [scores["sft", "safety", seed, 70, 300] for seed in range(2)]
     assert row.p_vs_unpatched == paired_p(patched_scores, recipient_scores)
-    assert row.p_vs_random == paired_p(patched_scores, random_scores)
+    assert row.p_vs_random == control_p(patched_scores, random_scores, row.gap)
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 0).p_vs_unpatched is None
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 1408).p_vs_random is None
-
-
-def with_donor_gain(result, gain):
-    """Set the records' unpatched scores so that the donor's mean cost is `gain` lower, with some spread."""
-    records = []
-    for record in result.records:
-        if record["ranking"] is None:
-            cost = record["prompt_index"] % 2 - (gain if record["recipient"] == "dpo" else 0)
-            spread = 0.1 * (record["prompt_index"] % 3 - 1) if record["recipient"] == "dpo" else 0
-            record = record | {"scores": {"cost": cost + spread}}
-        records.append(record)
-    return replace(result, records=records)
-
-
-def test_headline_names_smallest_window_within_ninety_percent_of_best(engine, ranking):
-    result = with_donor_gain(run(engine, ranking, windows=(1408, 70, 1400), controls=0), gain=5)
-    rows = [row for row in result.rows if row.recipient == "sft" and row.ranking]
-    best = max(row.effect for row in rows)
-    smallest = min((row for row in rows if row.effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
-    sentence = build_headline(result)[0]
-    assert f"top {smallest.rank_hi} neurons of ranking safety (" in sentence
-    assert "(95% CI " in sentence
-    assert sentence.endswith("of the safety gain of dpo; no random control.")
-
-
-@pytest.mark.parametrize(
-    ("gain", "difference"), [(0, "-0.02 (95% CI -0.08 .. 0.04"), (-5, "+4.98 (95% CI 4.92 .. 5.04")]
-)
-def test_headline_of_a_donor_without_gain_says_so(engine, ranking, gain, difference):
-    result = with_donor_gain(run(engine, ranking, windows=(70,), controls=0), gain)
-    sentences = build_headline(result)
-    assert len(sentences) == 2
-    for recipient, sentence in zip(("sft", "base"), sentences, strict=True):
-        assert sentence == f"{recipient}: the mean cost of dpo differs by {difference}, 5 prompts): no gain to recover."
 
 
 def test_sweep_table_fits_100_columns(engine, ranking):
@@ -504,7 +438,12 @@ def test_sweep_without_prompts_raises(engine, ranking):
         sweep(engine, [], {"safety": ranking}, {"cost": judge}, config)
 
 
-def test_headline_without_recovered_gain_says_so(engine, ranking):
-    single_neuron = Ranking.from_order(torch.tensor([[0, 0]]), ranking.shape)
-    result = with_donor_gain(run(engine, single_neuron, windows=(0,), controls=0), gain=5)
-    assert build_headline(result)[0] == "sft: no window of ranking safety recovers any of the safety gain."
+def test_sweep_over_clusters_needs_a_label_for_each_prompt(engine, ranking):
+    config = SweepConfig(("sft",), "dpo", (70,), controls=0, sampling=GREEDY, cluster_by="category")
+    arguments = engine, PROMPTS, {"safety": ranking}, {"cost": judge}, config
+    with pytest.raises(SnpatchError, match="clusters: expected the category of each prompt, got none"):
+        sweep(*arguments)
+    with pytest.raises(SnpatchError, match=r"clusters: expected the number of prompts .* \{'prompts': 5\}, got"):
+        sweep(*arguments, clusters={"prompts": ["a", "b"]})
+    result = sweep(*arguments, clusters={"prompts": ["a", "a", "b", "b", "c"]})
+    assert "prompts: intervals are over 3 clusters of prompts; fewer than 10 make them rough" in result.notes

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -18,17 +17,15 @@ from snpatch.report.formatting import (
     format_interval,
     format_p_value,
     format_percent,
-    format_range,
     format_value,
     format_with_interval,
     to_plot_label,
 )
 from snpatch.report.report import Report, TableView
-from snpatch.statistics import interval
 from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.rows import Row
 from snpatch.sweeps.store import describe_unfinished
-from snpatch.sweeps.sweep import Row, SweepResult
-from snpatch.utils.optional import require
+from snpatch.sweeps.sweep import SweepResult
 
 MAX_FAILURES = 10  # named in the notes
 
@@ -43,6 +40,8 @@ class SweepSettings:
     positions: str | int = SweepConfig.positions
     resamples: int = SweepConfig.resamples
     confidence: float = SweepConfig.confidence
+    report_k: int | float = SweepConfig.report_k
+    cluster_by: str = SweepConfig.cluster_by
 
 
 def build_sweep_config(
@@ -60,6 +59,8 @@ def build_sweep_config(
         sampling=context.sampling,
         resamples=settings.resamples,
         confidence=settings.confidence,
+        report_k=settings.report_k,
+        cluster_by=settings.cluster_by,
     )
 
 
@@ -99,10 +100,10 @@ def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
     certainty = f"{result.config.confidence:.0%} CI"
     columns = {
         "recipient": lambda row: row.recipient,
-        "neurons": lambda row: _describe_window(row, len(result.rankings) > 1),
+        "neurons (of all)": lambda row: _describe_window(row, len(result.rankings) > 1),
         f"mean {certainty}": lambda row: format_with_interval(asdict(row), "mean"),
         f"effect {certainty}": lambda row: _format_effect(row),
-        "p vs random": lambda row: format_p_value(row.p_vs_random),
+        "p (q) vs random": _format_p_vs_random,
     }
     if any(row.control_overlap for row in rows):
         columns["overlap"] = lambda row: f"{row.control_overlap:.1%}" if row.control_overlap else ""
@@ -120,7 +121,13 @@ def _describe_window(row: Row, names_ranking: bool) -> str:
 
 
 def _format_effect(row: Row) -> str:
-    return "" if row.ranking is None else format_with_interval(asdict(row), "effect", format_percent)
+    return "" if row.effect is None else format_with_interval(asdict(row), "effect", format_percent)
+
+
+def _format_p_vs_random(row: Row) -> str:
+    if row.p_vs_random is None:
+        return ""
+    return f"{format_p_value(row.p_vs_random)} ({format_p_value(row.q_vs_random)})"
 
 
 def _describe_failures(result: SweepResult) -> list[str]:
@@ -135,8 +142,8 @@ def _describe_failures(result: SweepResult) -> list[str]:
 def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     """Plot the mean score of each recipient.
 
-    The plot has each ranking, the range of its random controls, and both unpatched models. The x axis is k, or the
-    first rank of the window if the windows slide.
+    The plot has each ranking with its simultaneous band, the range of its random controls, and both unpatched models.
+    The x axis is k, or the first rank of the window if the windows slide.
 
     Args:
         result: One slice of a sweep: one set, donor and strength.
@@ -184,8 +191,9 @@ def _draw_ranking(axis: Axes, result: SweepResult, rows: Sequence[Row], color: s
     x = [get_x(row) for row in line]
     label = to_plot_label(f"{rows[0].ranking} neurons")
     axis.plot(x, [_or_nan(row.mean) for row in line], "o-", color=color, markersize=4, label=label)
-    low, high = [_or_nan(row.mean_low) for row in line], [_or_nan(row.mean_high) for row in line]
-    axis.fill_between(x, low, high, color=color, alpha=0.15)
+    low, high = [_or_nan(row.band_low) for row in line], [_or_nan(row.band_high) for row in line]
+    label = f"{result.config.confidence:.0%} band of all windows"
+    axis.fill_between(x, low, high, color=color, alpha=0.15, label=label)
     for row in rows:
         if row not in line:  # a window that does not begin at rank 0 is drawn over its ranks
             axis.hlines(_or_nan(row.mean), row.rank_lo, row.rank_hi, color=color, linewidth=3)
@@ -209,11 +217,10 @@ def _or_nan(value: float | None) -> float:
 
 
 def build_headline(result: SweepResult, label: str = "") -> list[str]:
-    """Write one sentence per judge, recipient and ranking: the gain of the donor that patching recovers.
+    """Write one sentence per judge, recipient and ranking: the change of the mean at a k that was fixed in advance.
 
-    A sentence is about the smallest window that reaches 90 % of the best window's effect. If the donor's gain over the
-    recipient has an interval that contains zero, or a cost that is not lower, the sentence says so instead, because an
-    effect is a fraction of that gain.
+    The window is the same for all rankings; `choose_window` does not look at scores. If the gap of donor and recipient
+    is not established, the sentence says so instead, because an effect is a fraction of that gap.
 
     Args:
         result: One slice of a sweep: one set, donor and strength.
@@ -222,59 +229,84 @@ def build_headline(result: SweepResult, label: str = "") -> list[str]:
     sentences, suffix = [], f" ({label})" if label else ""
     for judge in result.judges:
         for recipient in result.config.recipients:
-            no_gain = _describe_no_gain(result, judge, recipient)
             for ranking in result.rankings:
-                sentence = no_gain or _describe_recovery(result, judge, recipient, ranking)
-                sentences.append(f"{recipient}: {sentence}{suffix}.")
+                row = choose_window(result.line(judge, recipient, ranking), result.config.report_k)
+                sentences.append(f"{recipient}: {_describe_row(result, row)}{suffix}.")
     return list(dict.fromkeys(sentences))
 
 
-def _describe_no_gain(result: SweepResult, judge: str, recipient: str) -> str | None:
-    """Return why the donor has no gain over the recipient, or None if it has one."""
-    recipient_scores, donor_scores = (_scores_by_prompt(result, judge, model) for model in (recipient, result.donor))
-    shared = [prompt for prompt in recipient_scores if prompt in donor_scores]
-    if not shared:
-        return f"no prompt has scores of both {recipient} and {result.donor}"
-    differences = np.array([donor_scores[prompt] - recipient_scores[prompt] for prompt in shared])
-    config = result.config
-    figures = interval(np.mean, differences, resamples=config.resamples, confidence=config.confidence)
-    value, low, high = map(require, figures)  # all are defined for a mean of at least one difference
-    if (low > 0 or high < 0) and not (judge == "cost" and value > 0):
-        return None
-    certainty = f"{config.confidence:.0%} CI {format_value(low)} .. {format_value(high)}, {len(shared)} prompts"
-    return f"the mean {judge} of {result.donor} differs by {value:+.2f} ({certainty}): no gain to recover"
+def choose_window(rows: Sequence[Row], k: int | float) -> Row:
+    """Return the row whose number of neurons is nearest to k, whatever its scores.
+
+    Windows that begin at the top come first, and the window of no neurons comes last.
+
+    Args:
+        rows: Rows of one ranking.
+        k: Number of neurons, or a float: a fraction of the ranked neurons.
+    """
+
+    def distance(row: Row) -> float:
+        return abs((row.ranked_fraction or 0.0) - k) if isinstance(k, float) else abs(row.num_patched - k)
+
+    return min(rows, key=lambda row: (row.num_patched == 0, row.rank_lo, distance(row), row.num_patched))
 
 
-def _scores_by_prompt(result: SweepResult, judge: str, model: str) -> dict[int, float]:
-    """Return prompt index -> mean score of an unpatched model, for the prompts that have all their scores."""
-    set_name = result.rows[0].set
-    scores: dict[int, list] = {}
-    for record in result.records:
-        if (record["set"], record["recipient"], record["ranking"]) == (set_name, model, None):
-            scores.setdefault(record["prompt_index"], []).append(record["scores"][judge])
-    return {prompt: float(np.mean(values)) for prompt, values in scores.items() if None not in values}
+def describe_neurons(row: Row) -> str:
+    """Return a row's neurons with both of their fractions."""
+    neurons = f"ranks {row.rank_lo} to {row.rank_hi - 1}" if row.rank_lo else f"the top {row.rank_hi} neurons"
+    ranked = "" if row.ranked_fraction is None else f", {row.ranked_fraction:.1%} of the ranked"
+    return f"{neurons} ({row.neuron_fraction:.1%} of all{ranked})"
 
 
-def _describe_recovery(result: SweepResult, judge: str, recipient: str, ranking: str) -> str:
-    gain = "the safety gain" if judge == "cost" else f"the change of {judge}"
-    effects = [(row, row.effect) for row in result.line(judge, recipient, ranking) if row.effect is not None]
-    best = max((effect for _, effect in effects), default=0.0)
-    if best <= 0:
-        return f"no window of ranking {ranking} recovers any of {gain}"
-    row = min((row for row, effect in effects if effect >= 0.9 * best), key=lambda row: row.neuron_fraction)
-    neurons = f"neurons {row.rank_lo} to {row.rank_hi - 1}" if row.rank_lo else f"top {row.rank_hi} neurons"
-    effect_interval = format_interval(asdict(row), "effect", format_percent)
-    certainty = f" ({result.config.confidence:.0%} CI {effect_interval})" if effect_interval else ""
+def describe_gap(row: Row, donor: str, confidence: float) -> str:
+    """Return why a row has no effect: the gap of donor and recipient with its interval."""
+    if row.gap is None:
+        return f"no prompt has scores of both models, so there is no effect of {donor}"
+    bounds = format_interval(asdict(row), "gap")
+    certainty = f"{confidence:.0%} CI {bounds}, " if bounds else ""
+    t = "" if row.gap_t is None else f": t = {row.gap_t:.1f}"
     return (
-        f"{neurons} of ranking {ranking} ({row.neuron_fraction:.1%}) recover {format_percent(row.effect)}{certainty} "
-        f"of {gain} of {result.donor}; {_describe_controls(result, row)}"
+        f"the difference of {donor}'s mean {row.judge}, {row.gap:+.2f} ({certainty}{row.prompts} prompts), is not "
+        f"established{t}, so no effect is given"
     )
 
 
-def _describe_controls(result: SweepResult, row: Row) -> str:
-    """Return the range of effects of a row's random controls, and their overlap with the window."""
-    effects = [control.effect for control in result.controls(row) if control.effect is not None]
-    if not effects:
+def describe_change(row: Row, baseline: float | None) -> str:
+    """Return in which direction, and by how much, a row moves the recipient's mean."""
+    change = (row.mean or 0.0) - (baseline or 0.0)
+    if not change:
+        return f"leave the mean {row.judge} unchanged"
+    return f"{'raise' if change > 0 else 'lower'} the mean {row.judge} by {format_value(abs(change))}"
+
+
+def _describe_row(result: SweepResult, row: Row) -> str:
+    if row.effect is None:
+        return describe_gap(row, result.donor, result.config.confidence)
+    baseline = result.baseline(row.recipient, row.judge).mean
+    certainty = f"{result.config.confidence:.0%} CI"
+    side = "higher" if (row.gap or 0.0) > 0 else "lower"
+    bounds = format_interval(asdict(row), "effect", format_percent)
+    return (
+        f"{describe_neurons(row)} of ranking {row.ranking} {describe_change(row, baseline)}, "
+        f"{format_percent(row.effect)} ({certainty} {bounds}) of the way to {result.donor}, whose mean is "
+        f"{format_value(abs(row.gap or 0.0))} {side}; {_describe_controls(row, certainty)}"
+        f"{_describe_ceiling(result, row)}"
+    )
+
+
+def _describe_controls(row: Row, certainty: str) -> str:
+    """Return the effect net of a row's random controls, and their overlap with the window."""
+    if not row.controls:
         return "no random control"
+    controls = "1 random control" if row.controls == 1 else f"{row.controls} random controls"
     overlap = f" ({row.control_overlap:.1%} of them in the window: conservative)" if row.control_overlap else ""
-    return f"random neurons: {format_range(effects, format_percent)}{overlap}"
+    bounds = format_interval(asdict(row), "net_effect", format_percent)
+    bounds = f" ({certainty} {bounds})" if bounds else ""
+    return f"net of {controls}{overlap}: {format_percent(row.net_effect)}{bounds}"
+
+
+def _describe_ceiling(result: SweepResult, row: Row) -> str:
+    """Return the effect of all ranked neurons, if the grid has them: what the row's effect can reach at most."""
+    line = result.line(row.judge, row.recipient, row.ranking or "")
+    effects = [other.effect for other in line if other.ranked_fraction == 1 and other is not row]
+    return f"; all ranked neurons: {format_percent(effects[0])}" if effects and effects[0] is not None else ""

@@ -62,6 +62,8 @@ const effectButton = (row, controls, name) => {
   const range = effects.length ? formatRange(effects, formatPercent) : controls.length ? "undefined" : "none";
   return completionsButton(row.recipient, row,
     element("strong", {}, formatPercent(row.effect)), ` ${formatInterval(row, "effect", formatPercent)}`,
+    !isDefined(row.effect) && isDefined(row.gap_t) ?
+      element("div", {}, `gap not established: t = ${row.gap_t.toFixed(1)}`) : "",
     element("div", {}, `effect of ${name}`), element("div", {}, `random controls: ${range}`),
     row.failed ? element("div", {}, `on ${row.state}`) : "");
 };

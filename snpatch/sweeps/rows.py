@@ -1,0 +1,317 @@
+"""Rows of a sweep: the scores of each point, compared with unpatched models and random controls.
+
+Why all rows of a set share their prompts: means over different prompts are not comparable, so that a prompt whose
+completion failed under one patch would move the others' effects.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from snpatch.significance import (
+    POWER,
+    control_p,
+    detectable_difference,
+    false_discovery_rate,
+    holm,
+    paired_p,
+    paired_share_p,
+)
+from snpatch.statistics import (
+    UNDEFINED,
+    Clusters,
+    causal_effect,
+    estimate_gap,
+    estimate_means,
+    interval,
+    net_effect,
+    simultaneous_band,
+)
+from snpatch.sweeps.config import SweepConfig
+from snpatch.sweeps.points import Point
+
+MIN_COMPLETE_SHARE = 0.5  # of a point's prompts; a point with fewer does not decide which prompts all rows share
+MIN_CLUSTERS = 10  # below which intervals over clusters are rough
+
+
+@dataclass(frozen=True)
+class Row:
+    """One point of a sweep over one prompt set, as one judge scored it.
+
+    Attributes:
+        judge: Name of the judge.
+        set: Name of the prompt set.
+        recipient: The patched model, or the unpatched model where `ranking` is None.
+        donor: The model whose activations are copied; None for an unpatched model.
+        ranking: Name of the ranking; None for an unpatched model.
+        control_seed: Seed of the random control; None for the ranking's own neurons.
+        rank_lo: First rank of the window.
+        rank_hi: Rank after the window's last.
+        strength: Strength of the patch; None for an unpatched model.
+        neuron_fraction: Patched neurons as a fraction of all neurons of the model.
+        prompts: Prompts that the figures are of: those with all completions written and scored at every point of the
+            set. A point with less than half of its completions does not count there, and has fewer.
+        failed: All other prompts.
+        tokens: Generated tokens.
+        overwrites: Overwrites that the device counted.
+        mean: Mean score of the completions. The bounds `_low` and `_high` are from a bootstrap over prompts.
+        effect: Eq. 4: the fraction of the way from the recipient's mean to the donor's, with Fieller's interval; None
+            if the gap between them is not established (see statistics.estimate_gap).
+        net_effect: The same without what the random controls recover on average; its interval is over prompts and
+            draws, and None for one draw.
+        p_vs_unpatched: p of a two-sided paired t-test against the scores of the unpatched recipient.
+        p_vs_random: p of a one-sided test that one more random draw moves the mean as far towards the donor; see
+            significance.control_p. None for one draw.
+        control_overlap: Fraction of a control's neurons that are the window's own; of a window, the mean over its
+            controls. Above 0, net_effect and p_vs_random are conservative: the controls contain what they control for.
+        ranked_fraction: Patched neurons as a fraction of the ranked ones.
+        controls: Number of random controls that the row is compared with.
+        gap: Mean score of the unpatched donor minus the unpatched recipient's, with its t-interval.
+        gap_t: Paired t of the gap; None without spread.
+        band_low: Lower bound of the mean, which holds for all windows of the curve at once.
+        band_high: The upper bound.
+        q_vs_random: p_vs_random corrected over the windows of the curve by the false discovery rate.
+        p_holm_vs_random: The same by Holm's method.
+        share_above_0: Share of prompts with a score above 0: the attack success rate, for a cost.
+        p_share_above_0: p of McNemar's exact test of that share against the unpatched recipient's.
+
+    A curve is the windows of one judge, set, recipient, donor, strength and ranking. A figure is None if there is
+    nothing to compare with; a p also if no prompt's score differs.
+    """
+
+    judge: str
+    set: str
+    recipient: str
+    donor: str | None
+    ranking: str | None
+    control_seed: int | None
+    rank_lo: int
+    rank_hi: int
+    strength: float | None
+    neuron_fraction: float
+    prompts: int
+    failed: int
+    tokens: int
+    overwrites: int
+    mean: float | None
+    mean_low: float | None
+    mean_high: float | None
+    effect: float | None
+    effect_low: float | None
+    effect_high: float | None
+    net_effect: float | None
+    net_effect_low: float | None
+    net_effect_high: float | None
+    p_vs_unpatched: float | None
+    p_vs_random: float | None
+    control_overlap: float | None = None
+    ranked_fraction: float | None = None
+    controls: int = 0
+    gap: float | None = None
+    gap_low: float | None = None
+    gap_high: float | None = None
+    gap_t: float | None = None
+    band_low: float | None = None
+    band_high: float | None = None
+    q_vs_random: float | None = None
+    p_holm_vs_random: float | None = None
+    share_above_0: float | None = None
+    p_share_above_0: float | None = None
+
+    @property
+    def state(self) -> str:
+        """Completeness of the figures: "whole" or, for example, "4 of 5 prompts"."""
+        return "whole" if not self.failed else f"{self.prompts} of {self.prompts + self.failed} prompts"
+
+    @property
+    def num_patched(self) -> int:
+        """Number of patched neurons."""
+        return self.rank_hi - self.rank_lo
+
+
+def build_rows(
+    config: SweepConfig,
+    judge: str,
+    set_name: str,
+    points: Sequence[Point],
+    records: Sequence[Sequence[dict]],  # of each point
+    scores: np.ndarray,  # [points, prompts]; NaN where a completion or a score failed
+    clusters: Clusters = None,
+) -> list[Row]:
+    """Return one row per point, in their order."""
+    num_neurons = next(math.prod(point.patch.ranking.shape) for point in points if point.patch is not None)
+    patched = {p.ranking: p.patch for p in points if p.patch is not None and p.control_seed is None}
+    num_ranked = {name: len(patch.ranking) for name, patch in patched.items()}
+    unpatched = {point.recipient: index for index, point in enumerate(points) if point.patch is None}
+    is_scored, shared, controls = ~np.isnan(scores), find_shared_prompts(scores), find_controls(points, scores)
+    rows = []
+    for index, point in enumerate(points):
+        compared = {"scores": index}
+        if point.patch is not None:
+            assert isinstance(point.patch.donor, str)  # see build_points
+            compared |= {"recipient": unpatched[point.recipient], "donor": unpatched[point.patch.donor]}
+        draws = controls.get(point.window_key, []) if point.control_seed is None else []
+        indices = shared & is_scored[[*compared.values(), *draws]].all(axis=0)
+        figures = compare_scores(
+            **{name: scores[compared_index, indices] for name, compared_index in compared.items()},
+            controls=scores[np.ix_(draws, indices.nonzero()[0])] if draws else None,
+            clusters=_select(clusters, indices),
+            resamples=config.resamples,
+            confidence=config.confidence,
+        )
+        rows.append(
+            Row(
+                judge,
+                set_name,
+                **point.labels,
+                neuron_fraction=len(point.window) / num_neurons,
+                prompts=int(indices.sum()),
+                failed=int((~indices).sum()),
+                tokens=sum(len(record["token_ids"]) for record in records[index]),
+                overwrites=sum(record["overwrites"] for record in records[index]),
+                **figures,
+                control_overlap=point.control_overlap,
+                ranked_fraction=None if point.ranking is None else len(point.window) / num_ranked[point.ranking],
+                controls=len(draws),
+            )
+        )
+    return _compare_windows(config, points, rows, scores, clusters)
+
+
+def compare_scores(
+    scores: np.ndarray,
+    recipient: np.ndarray | None = None,
+    donor: np.ndarray | None = None,
+    controls: np.ndarray | None = None,
+    *,
+    clusters: Clusters = None,
+    resamples: int = SweepConfig.resamples,
+    confidence: float = SweepConfig.confidence,
+) -> dict[str, Any]:
+    """Return the figures of one point: mean, gap, effects, shares and p values.
+
+    Args:
+        scores: Scores [prompts] of the point; they may be empty.
+        recipient: Scores of the unpatched recipient; None for an unpatched model.
+        donor: Scores of the unpatched donor; None if there are none.
+        controls: Scores [draws, prompts] under the random controls; None without any.
+        clusters: Label of each prompt.
+        resamples: Bootstrap resamples.
+        confidence: Level of the intervals.
+    """
+    certainty = {"clusters": clusters, "resamples": resamples, "confidence": confidence}
+    level = {"clusters": clusters, "confidence": confidence}
+    mean = interval(np.mean, scores, **certainty) if len(scores) else UNDEFINED
+    effect = net = difference = UNDEFINED
+    gap_t = p_vs_unpatched = p_vs_random = p_share = None
+    if recipient is not None and len(scores):
+        p_vs_unpatched = paired_p(scores, recipient, clusters)
+        p_share = paired_share_p(scores > 0, recipient > 0)
+    if recipient is not None and donor is not None and len(scores):
+        gap = estimate_gap(recipient, donor, **level)
+        difference, gap_t = gap.difference, gap.t if gap.t is not None and math.isfinite(gap.t) else None
+        effect = causal_effect(scores, recipient, donor, **level)
+        if controls is not None:
+            net = net_effect(scores, controls, recipient, donor, **certainty)
+            p_vs_random = control_p(scores, controls, difference.value or 0.0, clusters)
+    return {
+        **mean.columns("mean"),
+        **effect.columns("effect"),
+        **net.columns("net_effect"),
+        "p_vs_unpatched": p_vs_unpatched,
+        "p_vs_random": p_vs_random,
+        **difference.columns("gap"),
+        "gap_t": gap_t,
+        "share_above_0": float((scores > 0).mean()) if len(scores) else None,
+        "p_share_above_0": p_share,
+    }
+
+
+def find_shared_prompts(scores: np.ndarray) -> np.ndarray:
+    """Return a mask of the prompts with a score at every point that has at least half of its scores."""
+    is_scored = ~np.isnan(scores)
+    return is_scored[is_scored.mean(axis=1) >= MIN_COMPLETE_SHARE].all(axis=0)
+
+
+def find_controls(points: Sequence[Point], scores: np.ndarray) -> dict[tuple, list[int]]:
+    """Return the indices of the random controls of each window, without those that lack half of their scores."""
+    is_usable = (~np.isnan(scores)).mean(axis=1) >= MIN_COMPLETE_SHARE
+    controls: dict[tuple, list[int]] = {}
+    for index, point in enumerate(points):
+        if point.control_seed is not None and is_usable[index]:
+            controls.setdefault(point.window_key, []).append(index)
+    return controls
+
+
+def build_notes(
+    config: SweepConfig,
+    judge: str,
+    set_name: str,
+    points: Sequence[Point],
+    scores: np.ndarray,  # [points, prompts]
+    clusters: Clusters = None,
+) -> list[str]:
+    """Return remarks about prompts that are left out, and the difference that the prompts can detect.
+
+    The latter is from the unpatched models' scores alone, so that it does not depend on what patches do.
+    """
+    shared, notes = find_shared_prompts(scores), []
+    if num_left_out := int((~shared).sum()):
+        notes.append(
+            f"{set_name}: {num_left_out} of {len(shared)} prompts are left out of all rows of {judge}: a completion or "
+            "a score failed"
+        )
+    if clusters is not None:
+        num_clusters = len({clusters[index] for index in shared.nonzero()[0]})
+        rough = f"; fewer than {MIN_CLUSTERS} make them rough" if num_clusters < MIN_CLUSTERS else ""
+        notes.append(f"{set_name}: intervals are over {num_clusters} clusters of prompts{rough}")
+    unpatched = {point.recipient: scores[index] for index, point in enumerate(points) if point.patch is None}
+    pairs = {(point.recipient, point.patch.donor): None for point in points if point.patch is not None}
+    for recipient, donor in pairs:
+        differences = unpatched[donor] - unpatched[recipient]
+        indices = shared & ~np.isnan(differences)
+        num_prompts = int(indices.sum())
+        if not num_prompts:
+            continue
+        error = float(estimate_means(differences[None, indices], _select(clusters, indices)).errors[0])
+        if error > 0:
+            detectable = detectable_difference(error * math.sqrt(num_prompts), num_prompts)
+            notes.append(
+                f"{set_name}, {recipient} and {donor}: with {num_prompts} prompts a difference in mean {judge} of "
+                f"{detectable:.2g} can be detected (power {POWER:.0%})"
+            )
+    return notes
+
+
+def _compare_windows(
+    config: SweepConfig, points: Sequence[Point], rows: list[Row], scores: np.ndarray, clusters: Clusters
+) -> list[Row]:
+    """Add to each curve's rows what depends on all its windows: the band, and p values for many tests."""
+    shared = find_shared_prompts(scores)
+    curves: dict[tuple, list[int]] = {}
+    for index, point in enumerate(points):
+        if point.patch is not None and point.control_seed is None:
+            curves.setdefault(point.curve_key, []).append(index)
+    for indices in curves.values():
+        p_values = [rows[index].p_vs_random for index in indices]
+        corrected = zip(indices, false_discovery_rate(p_values), holm(p_values), strict=True)
+        for index, q, p_holm in corrected:
+            rows[index] = replace(rows[index], q_vs_random=q, p_holm_vs_random=p_holm)
+        banded = [index for index in indices if rows[index].prompts == shared.sum()]
+        band = simultaneous_band(
+            scores[np.ix_(banded, shared.nonzero()[0])],
+            clusters=_select(clusters, shared),
+            resamples=config.resamples,
+            confidence=config.confidence,
+        )
+        for index, (_, low, high) in zip(banded, band, strict=True):
+            rows[index] = replace(rows[index], band_low=low, band_high=high)
+    return rows
+
+
+def _select(clusters: Clusters, mask: np.ndarray) -> Clusters:
+    """Return the labels of the prompts of a mask."""
+    return None if clusters is None else [clusters[index] for index in mask.nonzero()[0]]
