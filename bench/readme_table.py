@@ -299,7 +299,7 @@ def demo_table(folder: Path = RESULTS / "demo") -> str:
     for row in json.loads((folder / "curve.json").read_text())["rows"]:
         if row["ranking"] is None:
             rows.append((row["recipient"], "unpatched", f"{row['mean']:.2f}", ""))
-        elif row["control_seed"] is None and 0.03 < row["neuron_fraction"] < 0.2:
+        elif row["control"] is None and 0.03 < row["neuron_fraction"] < 0.2:
             effect = f"{row['effect']:.0%} ({row['effect_low']:.0%} .. {row['effect_high']:.0%})"
             rows.append(
                 (row["recipient"], f"{row['rank_hi']} ({row['neuron_fraction']:.1%})", f"{row['mean']:.2f}", effect)
@@ -314,8 +314,8 @@ def curve_sentence(folder: Path = RESULTS / "demo", k: int = 256) -> str:
     """
     rows = json.loads((folder / "curve.json").read_text())["rows"]
     rows = [row for row in rows if row["recipient"] == "sft" and row["rank_hi"] == k]
-    (patched,) = (row for row in rows if row["control_seed"] is None)
-    effects = [row["effect"] for row in rows if row["control_seed"] is not None]
+    (patched,) = (row for row in rows if row["control"] is None)
+    effects = [row["effect"] for row in rows if row["control"] is not None]
     random = round(sum(effects) / len(effects), 2) + 0.0  # + 0.0: no "-0%"
     neurons = f"{k} neurons ({patched['neuron_fraction']:.0%})"
     return (

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from snpatch.sweeps.sweep_file import SweepSpec
 
 EXIT_INCOMPLETE = 1  # exit code if some completions or scores failed
-SWEEP_FIELDS = FieldOptions(SweepConfig, ("controls", "control_kind", "positions", "samples"))
+SWEEP_FIELDS = FieldOptions(
+    SweepConfig, ("controls", "control_kind", "extra_controls", "coherence", "positions", "samples")
+)
 SAMPLING_FIELDS = FieldOptions(GREEDY, ("max_tokens", "temperature", "seed"))
 REQUIRED_OPTIONS = ("ranking", "donor", "recipient", "windows", "judge")  # without a sweep file
 

@@ -141,7 +141,7 @@ def _compare_scores(result: SweepResult, prompts: str, settings: AlignmentTaxSet
 
 def _collect_scores(result: SweepResult, judge: str, recipient: str, ranking: str | None) -> np.ndarray:
     key = recipient, ranking, None
-    records = [r for r in result.records if (r["recipient"], r["ranking"], r["control_seed"]) == key]
+    records = [r for r in result.records if (r["recipient"], r["ranking"], r["control"]) == key]
     return np.array([record["scores"][judge] for record in records])
 
 

@@ -25,7 +25,7 @@ from snpatch.patching.patch import Patch, recipient_name
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
 from snpatch.sampling import Sampling
-from snpatch.sweeps import generation, judging
+from snpatch.sweeps import coherence, generation, judging
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.eval_config import EvalConfig
 from snpatch.sweeps.generation import MAX_RESTARTS
@@ -371,6 +371,15 @@ class ExperimentContext:
             generation.generate_missing(self.engine, tasks, store, max_restarts=max_restarts, progress=progress)
         (records,) = generation.build_records([tasks], store)
         judging.judge_all(records, judges, store)
+        if spec.sweep.coherence:
+            coherence.read_missing(
+                self.engine,
+                {task.key: task.request for task in tasks if task.key and task.request},
+                {key: models for key, models in plan.readers.items() if key in shard_keys},
+                {model: self.engine.fingerprint(model) for model in spec.sweep.models},
+                store,
+                max_restarts=max_restarts,
+            )
         return len(shard_keys)
 
     def sweep_rankings(self, spec: SweepSpec) -> dict[str, Ranking]:

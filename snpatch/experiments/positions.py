@@ -47,7 +47,7 @@ def run(context: ExperimentContext, settings: PositionsSettings) -> Report:
         "positions", settings.prompts or context.config.benchmarks[0], named_rankings, context.cost, config
     )
     effect_report = sweep_report.build_sweep_report(result, "positions-effects")
-    patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
+    patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control is None]
     columns = {
         "recipient": "recipient",
         "positions": "ranking",

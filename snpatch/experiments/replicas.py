@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from snpatch.executors.base import Progress
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.sweeps import generation, judging, sweep
+from snpatch.sweeps.coherence import Reading, find_unread, read_completions, store_logprobs
 from snpatch.sweeps.points import build_points
 from snpatch.sweeps.store import Store, StoredCompletion
 from snpatch.sweeps.sweep_file import SweepSpec
@@ -42,7 +43,7 @@ class ReplicaInfo:
     Attributes:
         backend: Backend of the engine.
         fingerprints: Fingerprints of the sweep's models, by name.
-        rankings: The sweep's rankings, without statistics.
+        rankings: The sweep's rankings.
         tasks: Key and error of each task, for each point.
     """
 
@@ -106,7 +107,7 @@ class Replica:
         return ReplicaInfo(
             context.engine.backend,
             {name: context.engine.fingerprint(name) for name in config.models},
-            {name: replace(ranking, statistics=None) for name, ranking in rankings.items()},
+            rankings,
             [[(task.key, task.error) for task in point_tasks] for point_tasks in plan.tasks],
         )
 
@@ -128,6 +129,10 @@ class Replica:
                 os._exit(1)
             if not claimed:
                 time.sleep(generation.POLL_SECONDS)
+
+    def read(self, readings: list[Reading]) -> list[tuple[Reading, float]]:
+        """Return the log-probability of each completion that an unpatched model reads."""
+        return list(read_completions(self._context.engine, readings, self._requests))
 
     def _take(self, shared_queue, number: int, claimed: list[str]) -> Iterator:
         while keys := ray.get(shared_queue.take.remote(number, generation.CLAIM_SIZE)):
@@ -173,7 +178,10 @@ def run(
         prompts = {task.key: task.prompt for task in plan.flat_tasks if task.key is not None}
         with context.progress("sweep") as progress, judging.BackgroundScorer(judges, store) as scorer:
             team.generate_missing(store, prompts, max_restarts, scorer.add, progress)
-    return sweep.build_result(plan, judges, spec.sweep, store)
+        if spec.sweep.coherence:
+            unread = find_unread(store, plan.readers, info.fingerprints)
+            store_logprobs(team.read(unread), store, info.fingerprints)
+    return sweep.build_result(plan, judges, spec.sweep, store, info.fingerprints)
 
 
 class _Team:
@@ -258,6 +266,16 @@ class _Team:
             missing = store.queue.num_missing()
             if missing and not claimed:
                 time.sleep(generation.POLL_SECONDS)
+
+    def read(self, readings: list[Reading]) -> Iterator[tuple[Reading, float]]:
+        """Yield the log-probability of each reading; the replicas read equal parts of them."""
+        actors = list(self._actors.values())
+        parts = [readings[number :: len(actors)] for number in range(len(actors))]
+        try:
+            for reference in [actor.read.remote(part) for actor, part in zip(actors, parts, strict=True) if part]:
+                yield from ray.get(reference)
+        except (RayActorError, RayTaskError) as error:
+            raise _to_snpatch_error(error) from error
 
     def _start_replica(self, number: int) -> ReplicaInfo:
         info = _get_info(self._create_actor(number).prepare.remote())

@@ -7,6 +7,7 @@ from snpatch.errors import SnpatchError
 from snpatch.utils import schema
 
 RANDOM_CONTROLS = ("per_layer", "last_layer", "everywhere")  # kinds of Ranking.random_control
+MAGNITUDE, MATCHED, EQUAL_ENERGY = EXTRA_CONTROLS = ("magnitude", "matched", "equal_energy")
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _nearest_point(config: ExperimentConfig, curve: list[Row] | None, recipient:
     points = [
         row
         for row in curve or ()
-        if (row["recipient"], row["judge"], row["control_seed"]) == (recipient, config.cost, None)
+        if (row["recipient"], row["judge"], row["control"]) == (recipient, config.cost, None)
         and row["ranking"]
         and row["rank_lo"] == 0
     ]

@@ -309,6 +309,7 @@ class ClientSweep:
             **description,
             judge=self._request.judge,
             set=DEFAULT_SET,
+            control=None,
             control_seed=None,
             neuron_fraction=num_neurons / self._num_neurons,
             prompts=len(own_scores),

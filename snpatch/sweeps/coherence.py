@@ -4,14 +4,17 @@ Why log-probabilities: a patch can break a model, and a broken text has a low co
 would write is not a safe answer, whatever its score is.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 
 from snpatch.engine import Engine
+from snpatch.errors import EngineCrashedError
 from snpatch.executors.base import Progress, Request
-from snpatch.sweeps.store import Store, StoredCompletion
+from snpatch.sweeps.store import Store
 from snpatch.utils.optional import require
 
 BROKEN_PERCENTILE = 1.0  # of the unpatched models' own texts: a patched text below it is broken
@@ -34,25 +37,24 @@ class Reading:
 
 
 def count_repeats(token_ids: Sequence[int], n: int) -> float:
-    """Return the fraction of a text's n-grams that occurred before in it; 0 for a text shorter than n tokens."""
+    """Return the fraction of a text's n-grams that occurred before in it; 0 for fewer than n tokens."""
     ngrams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
     return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def find_unread(
-    completions: Mapping[str, StoredCompletion], models: Mapping[str, Iterable[str]], logprobs: Mapping[str, Mapping]
-) -> list[Reading]:
+def find_unread(store: Store, readers: Mapping[str, Iterable[str]], fingerprints: Mapping[str, str]) -> list[Reading]:
     """Return the readings that are not stored yet, those of one completion next to each other.
 
     Args:
-        completions: Stored completions by key. One without tokens cannot be read.
-        models: Names of the models that read each completion, by its key.
-        logprobs: Stored log-probabilities by model, then key; see `load_logprobs`.
+        store: Store of the completions. One without tokens cannot be read.
+        readers: Names of the models that read each completion, by its key.
+        fingerprints: Fingerprint of each model, by name.
     """
+    logprobs = load_logprobs(store, fingerprints)
     return [
         Reading(key, tuple(completion.token_ids), model)
-        for key, completion in completions.items()
-        for model in models[key]
+        for key, completion in store.completions(readers).items()
+        for model in readers[key]
         if completion.token_ids and key not in logprobs[model]
     ]
 
@@ -70,17 +72,19 @@ def read_completions(
         requests: The request of each completion, by its key; its prompt comes before the completion.
         progress: Called as `progress(done, total)`.
     """
-    groups: dict[tuple, list[Reading]] = {}
+    equal_readings: dict[tuple[tuple[int, ...], tuple[int, ...], str], list[Reading]] = {}
     for reading in readings:
         text = tuple(requests[reading.key].prompt_ids), reading.token_ids, reading.model
-        groups.setdefault(text, []).append(reading)
-    prompts, completions, models = ([list(part) for part in parts] for parts in zip(*groups, strict=True))
-    names = ["".join(model) for model in models]
-    batch = engine.requests.reading(prompts, names, completions)
-    equal_readings = list(groups.values())
+        equal_readings.setdefault(text, []).append(reading)
+    texts = list(equal_readings)
+    batch = engine.requests.reading(
+        [list(prompt) for prompt, _, _ in texts],
+        [model for _, _, model in texts],
+        [list(completion) for _, completion, _ in texts],
+    )
     for done, (index, output) in enumerate(engine.run(batch), start=1):
-        values = require(output.prompt_logprobs).last(len(completions[index])).values
-        for reading in equal_readings[index]:
+        values = require(output.prompt_logprobs).last(len(texts[index][1])).values
+        for reading in equal_readings[texts[index]]:
             yield reading, float(values.double().mean())
         if progress:
             progress(done, len(batch))
@@ -96,18 +100,75 @@ def store_logprobs(readings: Iterable[tuple[Reading, float]], store: Store, fing
     _flush(waiting, store)
 
 
+def read_missing(
+    engine: Engine,
+    requests: Mapping[str, Request],
+    readers: Mapping[str, Iterable[str]],
+    fingerprints: Mapping[str, str],
+    store: Store,
+    *,
+    max_restarts: int,
+    progress: Progress | None = None,
+) -> None:
+    """Read the completions that were not read yet, and store their log-probabilities.
+
+    Args:
+        engine: The engine. If it crashes, it is restarted and reads the rest.
+        requests: See `read_completions`.
+        readers: See `find_unread`.
+        fingerprints: See `find_unread`.
+        store: Store of the completions.
+        max_restarts: Maximum number of restarts.
+        progress: See `read_completions`.
+    """
+    while readings := find_unread(store, readers, fingerprints):
+        try:
+            store_logprobs(read_completions(engine, readings, requests, progress), store, fingerprints)
+        except EngineCrashedError:
+            if not max_restarts:
+                raise
+            max_restarts -= 1
+            engine.restart()
+
+
 def load_logprobs(store: Store, fingerprints: Mapping[str, str]) -> dict[str, dict[str, float]]:
     """Return the stored mean log-probability per token of each completion, by model, then by the completion's key."""
     return {model: store.scores(_logprob_key(fingerprint)) for model, fingerprint in fingerprints.items()}
 
 
-def find_threshold(logprobs: np.ndarray) -> float:
-    """Return the log-probability per token below which a text is broken.
+def get_logprobs(records: Sequence[Mapping], models: Iterable[str]) -> np.ndarray:
+    """Return the log-probability per token [records] of each text under the model that finds it likeliest.
+
+    NaN for a text that was not read by all of the models.
+    """
+    values = [[record["logprobs"].get(model) for model in models] for record in records]
+    return np.array([math.nan if None in row or not row else max(row) for row in values])
+
+
+def find_broken(logprobs: np.ndarray, own_logprobs: np.ndarray) -> np.ndarray:
+    """Return a mask [records] of the broken texts.
 
     Args:
-        logprobs: Of the unpatched models' own texts, each under the model that finds it likelier; NaN is left out.
+        logprobs: Log-probabilities per token [records]; a text without one (NaN) is not broken.
+        own_logprobs: Those of the unpatched models' own texts, whose first percentile is the limit.
     """
-    return float(np.nanpercentile(logprobs, BROKEN_PERCENTILE))
+    own_logprobs = own_logprobs[~np.isnan(own_logprobs)]
+    if not len(own_logprobs):
+        return np.zeros(len(logprobs), dtype=bool)
+    return logprobs < np.percentile(own_logprobs, BROKEN_PERCENTILE)
+
+
+def describe_texts(records: Sequence[Mapping]) -> dict[str, float | None]:
+    """Return the figures of a point's texts that need no model; see Row."""
+    texts = [record for record in records if record["completion"] is not None]
+    if not texts:
+        return dict.fromkeys(("ended", "mean_tokens", "repeated_4grams", "distinct_2"))
+    return {
+        "ended": mean(record["finish_reason"] != "length" for record in texts),
+        "mean_tokens": mean(len(record["token_ids"]) for record in texts),
+        "repeated_4grams": mean(count_repeats(record["token_ids"], 4) for record in texts),
+        "distinct_2": mean(1 - count_repeats(record["token_ids"], 2) for record in texts),
+    }
 
 
 def _logprob_key(fingerprint: str) -> str:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
-from snpatch.ranking.window import RANDOM_CONTROLS, Window
+from snpatch.judges.refusal import REFUSAL_JUDGE
+from snpatch.ranking.window import EXTRA_CONTROLS, MAGNITUDE, RANDOM_CONTROLS, Window
 from snpatch.sampling import GREEDY, Sampling
 from snpatch.utils import schema
 from snpatch.utils.schema import option
@@ -32,15 +33,23 @@ class SweepConfig:
         strengths: Strengths of the patch, see Patch.
         controls: Number of random controls per window; their seeds are 0, 1, ...
         control_kind: How random controls are drawn, see Ranking.random_control.
+        extra_controls: Kinds of further controls of each window. "magnitude": the neurons with the largest activations
+            of the recipient, see Ranking.magnitude_control. "matched": see Ranking.matched_control. "equal_energy": the
+            random controls, with a strength at which they change activations as much as the window does (the sum of
+            squares over the contrast's texts).
         disjoint: Draw controls without neurons of the window, or with as few as possible where too few others are left.
         positions: Positions that are patched, see Patch.
         sampling: Sampling of one completion.
+        coherence: Let the unpatched recipient and donor read each completion, so that broken texts are counted.
         samples: Completions per prompt, whose scores are averaged. Their seeds count up from the sampling's seed.
         resamples: Bootstrap resamples.
         confidence: Level of the intervals.
         report_k: Window that headlines are about, fixed before any score is seen: the window of the grid whose number
             of neurons is nearest. An int, or a float that is a fraction of the ranked neurons; the default is the
             paper's 5 %.
+        harmless: Name of a prompt set of harmless prompts; the share of them that each patch refuses is reported with
+            its effects. Empty: none.
+        refusal_judge: Name of the judge whose scores below 0 are refusals of harmless prompts.
         cluster_by: Column of the prompt sets whose values are clusters of prompts, such as a category: intervals and
             tests are over clusters. Empty: over prompts.
     """
@@ -56,7 +65,14 @@ class SweepConfig:
         "last_layer or everywhere.",
         choices=RANDOM_CONTROLS,
     )
+    extra_controls: tuple[str, ...] = option(
+        (MAGNITUDE,),
+        "Further controls: magnitude (largest activations, no donor needed), matched (nearest activations) or "
+        "equal_energy (random neurons that are changed as much). Repeatable.",
+        choices=EXTRA_CONTROLS,
+    )
     disjoint: bool = True
+    coherence: bool = option(True, "Let the unpatched models read each completion, so that broken texts are counted.")
     positions: str | int = option(
         "all",
         "Patched positions: all, prompt, last_prompt_token, completion, completion_shifted, or the index to start "
@@ -69,6 +85,8 @@ class SweepConfig:
     resamples: int = field(default=RESAMPLES, metadata={"min": 1})
     confidence: float = field(default=CONFIDENCE, metadata={"above": 0, "below": 1})
     report_k: int | float = field(default=0.05, metadata={"min": 0})
+    harmless: str = ""
+    refusal_judge: str = REFUSAL_JUDGE
     cluster_by: str = ""
 
     if TYPE_CHECKING:  # what the constructor accepts and __post_init__ converts
@@ -81,13 +99,17 @@ class SweepConfig:
             strengths: Sequence[float] = (1.0,),
             controls: int = 3,
             control_kind: str = "per_layer",
+            extra_controls: Sequence[str] = (MAGNITUDE,),
             disjoint: bool = True,
+            coherence: bool = True,
             positions: str | int = "all",
             sampling: Sampling = GREEDY,
             samples: int = 1,
             resamples: int = RESAMPLES,
             confidence: float = CONFIDENCE,
             report_k: int | float = 0.05,
+            harmless: str = "",
+            refusal_judge: str = REFUSAL_JUDGE,
             cluster_by: str = "",
         ) -> None: ...
 
@@ -95,6 +117,8 @@ class SweepConfig:
         for name in ("recipients", "donors"):
             models = getattr(self, name)
             object.__setattr__(self, name, (models,) if isinstance(models, str) else tuple(models))
+        if not isinstance(self.extra_controls, str):  # a str is an error below
+            object.__setattr__(self, "extra_controls", tuple(self.extra_controls))
         object.__setattr__(self, "windows", tuple(Window.of(window) for window in self.windows))
         object.__setattr__(self, "strengths", tuple(float(strength) for strength in self.strengths))
         check_sampling(self.sampling, "sweep")

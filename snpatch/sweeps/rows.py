@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from snpatch.ranking.window import MAGNITUDE
 from snpatch.significance import (
     POWER,
     control_p,
@@ -30,6 +31,7 @@ from snpatch.statistics import (
     net_effect,
     simultaneous_band,
 )
+from snpatch.sweeps.coherence import describe_texts, find_broken, get_logprobs
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.points import Point
 
@@ -47,7 +49,8 @@ class Row:
         recipient: The patched model, or the unpatched model where `ranking` is None.
         donor: The model whose activations are copied; None for an unpatched model.
         ranking: Name of the ranking; None for an unpatched model.
-        control_seed: Seed of the random control; None for the ranking's own neurons.
+        control: Kind of the control; None for the ranking's own neurons.
+        control_seed: Seed of a random control.
         rank_lo: First rank of the window.
         rank_hi: Rank after the window's last.
         strength: Strength of the patch; None for an unpatched model.
@@ -77,6 +80,19 @@ class Row:
         p_holm_vs_random: The same by Holm's method.
         share_above_0: Share of prompts with a score above 0: the attack success rate, for a cost.
         p_share_above_0: p of McNemar's exact test of that share against the unpatched recipient's.
+        net_of_magnitude: The effect without that of the magnitude control, whose neurons have the recipient's largest
+            activations.
+        energy: Fraction of the model's squared change, over the contrast's texts, that the patch carries.
+        ended: Share of texts that end before the length limit.
+        mean_tokens: Mean length of a text in tokens.
+        repeated_4grams: Mean share of a text's 4-grams that it had before.
+        distinct_2: Mean share of a text's bigrams that it did not have before.
+        logprob: Mean log-probability per token, averaged over texts, each under the unpatched model (recipient or
+            donor) that finds it likelier.
+        broken: Share of texts whose log-probability is below the first percentile of the unpatched models' own texts.
+        effect_coherent: The effect over the prompts without a broken text.
+        coherent_prompts: Number of these prompts.
+        harmless_refused: Share of the harmless prompts (SweepConfig.harmless) that are refused under the same patch.
 
     A curve is the windows of one judge, set, recipient, donor, strength and ranking. A figure is None if there is
     nothing to compare with; a p also if no prompt's score differs.
@@ -87,6 +103,7 @@ class Row:
     recipient: str
     donor: str | None
     ranking: str | None
+    control: str | None
     control_seed: int | None
     rank_lo: int
     rank_hi: int
@@ -120,6 +137,23 @@ class Row:
     p_holm_vs_random: float | None = None
     share_above_0: float | None = None
     p_share_above_0: float | None = None
+    net_of_magnitude: float | None = None
+    net_of_magnitude_low: float | None = None
+    net_of_magnitude_high: float | None = None
+    energy: float | None = None
+    ended: float | None = None
+    mean_tokens: float | None = None
+    repeated_4grams: float | None = None
+    distinct_2: float | None = None
+    logprob: float | None = None
+    broken: float | None = None
+    effect_coherent: float | None = None
+    effect_coherent_low: float | None = None
+    effect_coherent_high: float | None = None
+    coherent_prompts: int | None = None
+    harmless_refused: float | None = None
+    harmless_refused_low: float | None = None
+    harmless_refused_high: float | None = None
 
     @property
     def state(self) -> str:
@@ -130,6 +164,35 @@ class Row:
     def num_patched(self) -> int:
         """Number of patched neurons."""
         return self.rank_hi - self.rank_lo
+
+
+class Coherence:
+    """Coherence of the texts of each point of a prompt set."""
+
+    def __init__(
+        self, points: Sequence[Point], records: Sequence[Sequence[dict]], num_prompts: int, unpatched: dict[str, int]
+    ) -> None:
+        self._points, self._records, self._num_prompts, self._unpatched = points, records, num_prompts, unpatched
+
+    def figures(self, index: int) -> dict[str, float | None]:
+        """Return a point's figures: those of its texts, their log-probability, and the share that is broken."""
+        point, records = self._points[index], self._records[index]
+        logprobs = get_logprobs(records, point.readers or self._unpatched)
+        is_read = not np.isnan(logprobs).all()
+        return {
+            **describe_texts(records),
+            "logprob": float(np.nanmean(logprobs)) if is_read else None,
+            "broken": float(self._is_broken(index).mean()) if is_read and point.patch is not None else None,
+        }
+
+    def is_coherent(self, index: int) -> np.ndarray:
+        """Return a mask of the prompts none of whose texts is broken."""
+        return ~self._is_broken(index).reshape(self._num_prompts, -1).any(axis=1)
+
+    def _is_broken(self, index: int) -> np.ndarray:
+        pair = self._points[index].readers
+        own = [get_logprobs(self._records[self._unpatched[model]], pair) for model in pair]
+        return find_broken(get_logprobs(self._records[index], pair), np.concatenate([*own, []]))
 
 
 def build_rows(
@@ -143,21 +206,26 @@ def build_rows(
 ) -> list[Row]:
     """Return one row per point, in their order."""
     num_neurons = next(math.prod(point.patch.ranking.shape) for point in points if point.patch is not None)
-    patched = {p.ranking: p.patch for p in points if p.patch is not None and p.control_seed is None}
+    patched = {p.ranking: p.patch for p in points if p.patch is not None and p.control is None}
     num_ranked = {name: len(patch.ranking) for name, patch in patched.items()}
     unpatched = {point.recipient: index for index, point in enumerate(points) if point.patch is None}
-    is_scored, shared, controls = ~np.isnan(scores), find_shared_prompts(scores), find_controls(points, scores)
+    is_scored, shared = ~np.isnan(scores), find_shared_prompts(scores)
+    random, magnitude = (find_controls(points, scores, kind) for kind in (config.control_kind, MAGNITUDE))
+    coherence = Coherence(points, records, scores.shape[1], unpatched)
     rows = []
     for index, point in enumerate(points):
         compared = {"scores": index}
         if point.patch is not None:
             assert isinstance(point.patch.donor, str)  # see build_points
             compared |= {"recipient": unpatched[point.recipient], "donor": unpatched[point.patch.donor]}
-        draws = controls.get(point.window_key, []) if point.control_seed is None else []
-        indices = shared & is_scored[[*compared.values(), *draws]].all(axis=0)
+        draws = random.get(point.window_key, []) if point.control is None else []
+        largest = magnitude.get(point.window_key, []) if point.control is None else []
+        indices = shared & is_scored[[*compared.values(), *draws, *largest]].all(axis=0)
         figures = compare_scores(
             **{name: scores[compared_index, indices] for name, compared_index in compared.items()},
             controls=scores[np.ix_(draws, indices.nonzero()[0])] if draws else None,
+            magnitude=scores[largest[0], indices] if largest else None,
+            is_coherent=coherence.is_coherent(index)[indices],
             clusters=_select(clusters, indices),
             resamples=config.resamples,
             confidence=config.confidence,
@@ -173,7 +241,9 @@ def build_rows(
                 tokens=sum(len(record["token_ids"]) for record in records[index]),
                 overwrites=sum(record["overwrites"] for record in records[index]),
                 **figures,
+                **coherence.figures(index),
                 control_overlap=point.control_overlap,
+                energy=point.energy,
                 ranked_fraction=None if point.ranking is None else len(point.window) / num_ranked[point.ranking],
                 controls=len(draws),
             )
@@ -187,6 +257,8 @@ def compare_scores(
     donor: np.ndarray | None = None,
     controls: np.ndarray | None = None,
     *,
+    magnitude: np.ndarray | None = None,
+    is_coherent: np.ndarray | None = None,
     clusters: Clusters = None,
     resamples: int = SweepConfig.resamples,
     confidence: float = SweepConfig.confidence,
@@ -198,6 +270,8 @@ def compare_scores(
         recipient: Scores of the unpatched recipient; None for an unpatched model.
         donor: Scores of the unpatched donor; None if there are none.
         controls: Scores [draws, prompts] under the random controls; None without any.
+        magnitude: Scores under the magnitude control; None without one.
+        is_coherent: Mask [prompts] of those without a broken text; None: all.
         clusters: Label of each prompt.
         resamples: Bootstrap resamples.
         confidence: Level of the intervals.
@@ -205,7 +279,7 @@ def compare_scores(
     certainty = {"clusters": clusters, "resamples": resamples, "confidence": confidence}
     level = {"clusters": clusters, "confidence": confidence}
     mean = interval(np.mean, scores, **certainty) if len(scores) else UNDEFINED
-    effect = net = difference = UNDEFINED
+    effect = net = net_of_magnitude = difference = effect_coherent = UNDEFINED
     gap_t = p_vs_unpatched = p_vs_random = p_share = None
     if recipient is not None and len(scores):
         p_vs_unpatched = paired_p(scores, recipient, clusters)
@@ -214,6 +288,13 @@ def compare_scores(
         gap = estimate_gap(recipient, donor, **level)
         difference, gap_t = gap.difference, gap.t if gap.t is not None and math.isfinite(gap.t) else None
         effect = causal_effect(scores, recipient, donor, **level)
+        if is_coherent is None or is_coherent.all():
+            effect_coherent = effect
+        elif is_coherent.any():
+            parts = (part[is_coherent] for part in (scores, recipient, donor))
+            effect_coherent = causal_effect(*parts, clusters=_select(clusters, is_coherent), confidence=confidence)
+        if magnitude is not None:
+            net_of_magnitude = causal_effect(recipient + scores - magnitude, recipient, donor, **level)
         if controls is not None:
             net = net_effect(scores, controls, recipient, donor, **certainty)
             p_vs_random = control_p(scores, controls, difference.value or 0.0, clusters)
@@ -221,6 +302,9 @@ def compare_scores(
         **mean.columns("mean"),
         **effect.columns("effect"),
         **net.columns("net_effect"),
+        **net_of_magnitude.columns("net_of_magnitude"),
+        **effect_coherent.columns("effect_coherent"),
+        "coherent_prompts": len(scores) if is_coherent is None else int(is_coherent.sum()),
         "p_vs_unpatched": p_vs_unpatched,
         "p_vs_random": p_vs_random,
         **difference.columns("gap"),
@@ -236,12 +320,12 @@ def find_shared_prompts(scores: np.ndarray) -> np.ndarray:
     return is_scored[is_scored.mean(axis=1) >= MIN_COMPLETE_SHARE].all(axis=0)
 
 
-def find_controls(points: Sequence[Point], scores: np.ndarray) -> dict[tuple, list[int]]:
-    """Return the indices of the random controls of each window, without those that lack half of their scores."""
+def find_controls(points: Sequence[Point], scores: np.ndarray, kind: str) -> dict[tuple, list[int]]:
+    """Return the indices of each window's controls of a kind, without those that lack half of their scores."""
     is_usable = (~np.isnan(scores)).mean(axis=1) >= MIN_COMPLETE_SHARE
     controls: dict[tuple, list[int]] = {}
     for index, point in enumerate(points):
-        if point.control_seed is not None and is_usable[index]:
+        if point.control == kind and is_usable[index]:
             controls.setdefault(point.window_key, []).append(index)
     return controls
 
@@ -293,7 +377,7 @@ def _compare_windows(
     shared = find_shared_prompts(scores)
     curves: dict[tuple, list[int]] = {}
     for index, point in enumerate(points):
-        if point.patch is not None and point.control_seed is None:
+        if point.patch is not None and point.control is None:
             curves.setdefault(point.curve_key, []).append(index)
     for indices in curves.values():
         p_values = [rows[index].p_vs_random for index in indices]

@@ -15,7 +15,8 @@ from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
 from snpatch.names import check_names
 from snpatch.ranking.ranking import Ranking
-from snpatch.sweeps import generation, judging
+from snpatch.statistics import UNDEFINED, interval
+from snpatch.sweeps import coherence, generation, judging
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.generation import CompletionTask
 from snpatch.sweeps.points import Point, build_points
@@ -32,7 +33,7 @@ class SweepResult:
     Attributes:
         config: The grid.
         rows: One row per judge, prompt set and point, the unpatched models first.
-        records: Every completion with its scores.
+        records: Every completion with its scores, and its log-probability per token under each unpatched model.
         notes: Remarks about windows, for example one without a random control.
         failures: Completions and scores that failed: prompt and error.
     """
@@ -83,19 +84,20 @@ class SweepResult:
         """Return the row of an unpatched model."""
         return next(r for r in self.rows if r.ranking is None and (r.recipient, r.judge) == (model, judge))
 
-    def line(self, judge: str, recipient: str, ranking: str, control_seed: int | None = None) -> list[Row]:
-        """Return the rows of a ranking's windows, or of the controls of one seed, sorted by the window's end."""
-        key = judge, recipient, ranking, control_seed
-        rows = [row for row in self.rows if (row.judge, row.recipient, row.ranking, row.control_seed) == key]
+    def line(self, judge: str, recipient: str, ranking: str) -> list[Row]:
+        """Return the rows of a ranking's windows, without controls, sorted by the window's end."""
+        key = judge, recipient, ranking, None
+        rows = [row for row in self.rows if (row.judge, row.recipient, row.ranking, row.control) == key]
         return sorted(rows, key=lambda row: (row.rank_hi, row.rank_lo))
 
-    def controls(self, row: Row) -> list[Row]:
-        """Return the rows of the random controls of a row's window."""
-        return [r for r in self.rows if r.control_seed is not None and _window_key(r) == _window_key(row)]
+    def controls(self, row: Row, kind: str | None = None) -> list[Row]:
+        """Return the rows of the controls of a row's window. kind: default is that of the random controls."""
+        kind = kind or self.config.control_kind
+        return [r for r in self.rows if r.control == kind and _window_key(r) == _window_key(row)]
 
 
 def _window_key(row: Row) -> tuple:
-    """Return what a row has in common with its random controls."""
+    """Return what a row has in common with its controls."""
     return row.judge, row.set, row.recipient, row.donor, row.ranking, row.rank_lo, row.rank_hi, row.strength
 
 
@@ -123,6 +125,18 @@ class SweepPlan:
     def flat_tasks(self) -> list[CompletionTask]:
         """The tasks of all points."""
         return list(chain.from_iterable(self.tasks))
+
+    @property
+    def readers(self) -> dict[str, tuple[str, ...]]:
+        """Names of the unpatched models that read each completion, by its key."""
+        models = tuple(point.recipient for point in self.points if point.patch is None)
+        readers: dict[str, tuple[str, ...]] = {}
+        for point, tasks in zip(self.points, self.tasks, strict=True):
+            for task in tasks:
+                if task.key is not None:
+                    names = (*readers.get(task.key, ()), *(point.readers or models))
+                    readers[task.key] = tuple(dict.fromkeys(names))
+        return readers
 
     def set_labels(self, sweep: str, judges: Mapping[str, Judge], store: Store) -> None:
         """Store the labels of the sweep's completions, and under which keys its judges' scores are stored."""
@@ -171,6 +185,11 @@ def sweep(
         SnpatchError: The grid, a name or a prompt set is invalid, or a judge can score nothing.
     """
     check_names(judges, "a judge")
+    if config.harmless and config.refusal_judge not in judges:
+        raise SnpatchError(
+            f"sweep: refusal_judge: expected one of the judges, {', '.join(judges)}, got {config.refusal_judge}. The "
+            "share of harmless prompts that are refused needs it."
+        )
     plan = plan_sweep(engine, prompts, rankings, config, clusters)
     with Store(store) if not isinstance(store, Store) else nullcontext(store) as open_store:
         plan.set_labels(name, judges, open_store)
@@ -183,7 +202,14 @@ def sweep(
                 on_completion=scorer.add,
                 progress=progress,
             )
-        return build_result(plan, judges, config, open_store)
+            fingerprints = {model: engine.fingerprint(model) for model in config.models}
+            if config.coherence:
+                requests = {task.key: task.request for task in plan.flat_tasks if task.key and task.request}
+                coherence.read_missing(
+                    engine, requests, plan.readers, fingerprints, open_store,
+                    max_restarts=max_restarts, progress=progress,
+                )  # fmt: skip
+        return build_result(plan, judges, config, open_store, fingerprints)
 
 
 def plan_sweep(
@@ -200,6 +226,8 @@ def plan_sweep(
             raise SnpatchError(f"sweep: expected two models, got {recipient} and {donor}, which are equal by content")
     sets = name_sets(prompts)
     sizes = {name: len(chats) for name, chats in sets.items()}
+    if config.harmless and config.harmless not in sets:
+        raise SnpatchError(f"sweep: harmless: expected one of the sets, {', '.join(sets)}, got {config.harmless}")
     _check_clusters(clusters, sizes, config)
     points, window_notes = build_points(rankings, config)
     notes = [*engine.notes, *window_notes]
@@ -226,24 +254,54 @@ def label_tasks(
     return SweepPlan(points, notes, sets, tasks, labels, clusters or {})
 
 
-def build_result(plan: SweepPlan, judges: Mapping[str, Judge], config: SweepConfig, store: Store) -> SweepResult:
-    """Judge the stored completions of a sweep, and compare them."""
-    point_records = generation.build_records(plan.tasks, store)
-    flat_records = chain.from_iterable(point_records)
+def build_result(
+    plan: SweepPlan,
+    judges: Mapping[str, Judge],
+    config: SweepConfig,
+    store: Store,
+    fingerprints: Mapping[str, str],
+) -> SweepResult:
+    """Judge the stored completions of a sweep, and compare them. fingerprints: those of its models, by name."""
+    flat_records = chain.from_iterable(generation.build_records(plan.tasks, store))
     records = [{**record, **labels} for record, labels in zip(flat_records, plan.labels, strict=True)]
     judging.judge_all(records, judges, store)
+    logprobs = coherence.load_logprobs(store, fingerprints)
+    for record, task in zip(records, plan.flat_tasks, strict=True):
+        record["logprobs"] = {model: values.get(task.key) for model, values in logprobs.items()}
     shape = (len(plan.points), sum(plan.sets.values()), config.samples)
+    num_texts = shape[1] * shape[2]
+    by_point = [records[start : start + num_texts] for start in range(0, len(records), num_texts)]
+    refused = _estimate_refusals(plan, records, config, shape)
     rows, notes = [], [*plan.notes]
     for judge in judges:
         scores, first = _mean_scores(records, judge, shape), 0
         for name, n in plan.sets.items():
             indices = range(first, first + n)
-            set_records = [[record for record in rs if record["prompt_index"] in indices] for rs in point_records]
+            set_records = [[record for record in point_records if record["set"] == name] for point_records in by_point]
             set_scores, clusters = scores[:, indices], plan.clusters.get(name)
-            rows += build_rows(config, judge, name, plan.points, set_records, set_scores, clusters)
+            set_rows = build_rows(config, judge, name, plan.points, set_records, set_scores, clusters)
+            rows += [replace(row, **figures) for row, figures in zip(set_rows, refused, strict=True)]
             notes += build_notes(config, judge, name, plan.points, set_scores, clusters)
             first += n
     return SweepResult(config, rows, records, list(dict.fromkeys(notes)), _describe_failures(records))
+
+
+def _estimate_refusals(
+    plan: SweepPlan, records: Sequence[dict], config: SweepConfig, shape: tuple[int, int, int]
+) -> list[dict[str, float | None]]:
+    """Return, for each point, the share of the harmless prompts that it refuses, with its interval."""
+    if not config.harmless:
+        return [UNDEFINED.columns("harmless_refused")] * len(plan.points)
+    names = list(plan.sets)
+    start = sum(plan.sets[name] for name in names[: names.index(config.harmless)])
+    scores = _mean_scores(records, config.refusal_judge, shape)[:, start : start + plan.sets[config.harmless]]
+    certainty = {"resamples": config.resamples, "confidence": config.confidence}
+    shares = []
+    for values in scores:
+        is_refused = values[~np.isnan(values)] < 0
+        share = interval(np.mean, is_refused, **certainty) if len(is_refused) else UNDEFINED
+        shares.append(share.columns("harmless_refused"))
+    return shares
 
 
 def name_sets(prompts: Sequence[Chat] | Mapping[str, Sequence[Chat]]) -> dict[str, Sequence[Chat]]:

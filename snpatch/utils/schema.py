@@ -40,7 +40,7 @@ def validate(config: "DataclassInstance", name: str = "") -> None:
     """Raise SnpatchError for the first field of another type, or outside the limits of its metadata.
 
     The types are those of `check_argument`. The limits are `min` and `max` (inclusive), `above` and `below`
-    (exclusive), and `choices`; they do not hold for None.
+    (exclusive), and `choices` (of each item of a tuple); they do not hold for None.
     name: of the dataclass in errors, for example "sampling: ".
     """
     hints = _get_hints(type(config))
@@ -50,9 +50,10 @@ def validate(config: "DataclassInstance", name: str = "") -> None:
             check_argument(value, hints[f.name], f"{name}{f.name}")
         if value is None:
             continue
-        if "choices" in limits and value not in limits["choices"]:
-            choices = ", ".join(map(str, limits["choices"]))
-            raise SnpatchError(f"{name}{f.name}: expected one of {choices}, got {value!r}", field=f.name)
+        for choice in value if isinstance(value, tuple) else (value,):
+            if "choices" in limits and choice not in limits["choices"]:
+                choices = ", ".join(map(str, limits["choices"]))
+                raise SnpatchError(f"{name}{f.name}: expected one of {choices}, got {choice!r}", field=f.name)
         if "min" in limits and not value >= limits["min"]:
             raise SnpatchError(f"{name}{f.name}: expected at least {limits['min']}, got {value}", field=f.name)
         if "max" in limits and not value <= limits["max"]:

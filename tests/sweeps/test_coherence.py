@@ -22,15 +22,26 @@ def test_count_repeats_counts_ngrams_that_occurred_before(text, n, fraction):
     assert count_repeats(text, n) == pytest.approx(fraction)
 
 
-def test_threshold_is_first_percentile_of_the_defined_values():
-    values = np.append(np.arange(101.0), np.nan)
-    assert coherence.find_threshold(values) == 1.0
+def test_broken_texts_are_below_first_percentile_of_own_texts():
+    own = np.append(np.arange(101.0), np.nan)  # the first percentile is 1
+    assert coherence.find_broken(np.array([0.9, 1.0, 50.0, np.nan]), own).tolist() == [True, False, False, False]
+    assert not coherence.find_broken(np.array([-99.0]), np.array([np.nan])).any()
+
+
+def test_logprob_of_a_text_is_that_of_the_model_that_finds_it_likelier():
+    records = [{"logprobs": {"a": -1.0, "b": -3.0}}, {"logprobs": {"a": -4.0, "b": -2.0}}, {"logprobs": {"a": -1.0}}]
+    assert coherence.get_logprobs(records, ("a", "b"))[:2].tolist() == [-1.0, -2.0]
+    assert np.isnan(coherence.get_logprobs(records, ("a", "b"))[2])
+    assert np.isnan(coherence.get_logprobs(records, ())).all()
 
 
 def test_unread_completions_are_those_with_tokens_and_without_a_value():
-    completions = {key: StoredCompletion("", ids, "eos", 0) for key, ids in (("a", [5]), ("b", [6, 7]), ("c", []))}
-    models = {"a": ("x", "y"), "b": ("x",), "c": ("x", "y")}
-    unread = coherence.find_unread(completions, models, {"x": {"a": -1.0}, "y": {}})
+    with Store(None) as store:
+        for key, ids in (("a", [5]), ("b", [6, 7]), ("c", []), ("d", [8])):
+            store.add(key, StoredCompletion("", ids, "eos", 0))
+        coherence.store_logprobs([(Reading("a", (5,), "x"), -1.0)], store, {"x": "fx"})
+        readers = {"a": ("x", "y"), "b": ("x",), "c": ("x", "y"), "missing": ("x",)}
+        unread = coherence.find_unread(store, readers, {"x": "fx", "y": "fy"})
     assert unread == [Reading("a", (5,), "y"), Reading("b", (6, 7), "x")]
 
 

@@ -34,7 +34,8 @@ def scores(points):
 
 
 def build(points, scores, clusters=None, config=CONFIG):
-    records = [[{"token_ids": [1, 2], "overwrites": 3}] * NUM_PROMPTS for _ in points]
+    record = {"completion": "a b", "token_ids": [1, 2], "finish_reason": "eos", "overwrites": 3, "logprobs": {}}
+    records = [[record] * NUM_PROMPTS for _ in points]
     return build_rows(config, "cost", "attacks", points, records, scores, clusters)
 
 

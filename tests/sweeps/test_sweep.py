@@ -48,7 +48,8 @@ def judge(prompts, completions):
 
 def run(engine, ranking, store=None, judge=judge, **changes):
     config = SweepConfig(**{"recipients": ("sft", "base"), "donors": "dpo", "windows": (0, 70, (70, 300), 1408),
-                            "controls": 2, "sampling": GREEDY, "resamples": 200, **changes})  # fmt: skip
+                            "controls": 2, "extra_controls": (), "sampling": GREEDY, "resamples": 200,
+                            **changes})  # fmt: skip
     judges = judge if isinstance(judge, dict) else {"cost": judge}
     return sweep(engine, PROMPTS, {"safety": ranking}, judges, config, store=store)
 
@@ -185,7 +186,7 @@ def test_completions_of_renamed_models_are_found(engine, ranking, tmp_path, stor
     stored_keys.clear()
     options = {"dtype": engine.config.dtype, "template": engine.config.template}
     renamed_engine = Engine(GOLDEN / "model", {"s": SFT, "d": DPO}, backend="transformers", **options)
-    config = SweepConfig(("s",), "d", (70,), controls=0, sampling=GREEDY)
+    config = SweepConfig(("s",), "d", (70,), controls=0, extra_controls=(), sampling=GREEDY)
     result = sweep(renamed_engine, PROMPTS, {"safety": ranking}, {"cost": judge}, config, store=tmp_path)
     assert not stored_keys
     assert [r["completion"] for r in result.records] == [r["completion"] for r in first.records]
@@ -288,9 +289,12 @@ def test_overlapping_controls_leave_other_rows_and_stored_completions_unchanged(
     assert added == {(None, 600), (0, 600), (1, 600)}
     assert len(stored_keys) - before == 2 * 3 * len(PROMPTS), "of two recipients, and nothing else is generated again"
     alone = run(engine, ranking, windows=(70, 1408), controls=3)
-    joint = dict.fromkeys(("band_low", "band_high", "q_vs_random", "p_holm_vs_random"))  # of all windows of a curve
+    # Those of all windows of a curve, and one that depends on the batch by rounding.
+    joint = dict.fromkeys(("band_low", "band_high", "q_vs_random", "p_holm_vs_random", "logprob"))
     others = [replace(row, **joint) for row in overlapping.rows if row.rank_hi != 600]
     assert others == [replace(row, **joint) for row in alone.rows]
+    logprobs = [row.logprob for row in overlapping.rows if row.rank_hi != 600]
+    assert logprobs == pytest.approx([row.logprob for row in alone.rows], abs=1e-4)
 
 
 def test_controls_of_last_layer_too_small_for_the_window_are_absent(engine, ranking):
@@ -447,3 +451,114 @@ def test_sweep_over_clusters_needs_a_label_for_each_prompt(engine, ranking):
         sweep(*arguments, clusters={"prompts": ["a", "b"]})
     result = sweep(*arguments, clusters={"prompts": ["a", "a", "b", "b", "c"]})
     assert "prompts: intervals are over 3 clusters of prompts; fewer than 10 make them rough" in result.notes
+
+
+def test_rows_count_broken_texts_and_compare_the_others(engine, ranking):
+    """Compare with Engine.logprobs, and Eq. 4 over the prompts whose texts are not broken."""
+    constants = run(engine, ranking, recipients=("sft",), windows=(70, 1000), strengths=(1.0, -9.0), controls=0)
+    by_strength = {(row.strength, row.rank_hi): row for row in constants.rows if row.ranking}
+    own = [r for r in constants.records if r["ranking"] is None]
+    ids = engine.encode(PROMPTS, "sft")
+
+    def likelier(records):
+        prompts, texts = [ids[r["prompt_index"]] for r in records], [r["token_ids"] for r in records]
+        values = [engine.logprobs(prompts, model, completions=texts) for model in ("sft", "dpo")]
+        return np.array([[float(v.values.mean()) for v in by_model] for by_model in values]).max(axis=0)
+
+    limit = np.percentile(likelier(own), 1)
+    num_broken = 0
+    for (strength, k), row in by_strength.items():
+        records = [r for r in constants.records if (r["strength"], r["rank_hi"]) == (strength, k)]
+        logprobs = likelier(records)
+        assert row.logprob == pytest.approx(logprobs.mean(), abs=1e-4)
+        is_broken = logprobs < limit - 1e-4
+        assert row.broken == pytest.approx(is_broken.mean())
+        assert row.coherent_prompts == (~is_broken).sum()
+        assert row.mean_tokens == np.mean([len(r["token_ids"]) for r in records])
+        num_broken += is_broken.sum()
+    assert num_broken > 0
+    assert by_strength[1.0, 70].broken < by_strength[-9.0, 1000].broken
+    unpatched = [row for row in constants.rows if row.ranking is None]
+    assert all(row.broken is None and row.logprob is not None for row in unpatched)
+
+
+def test_texts_are_read_once_and_again_only_by_new_models(engine, ranking, tmp_path, monkeypatch):
+    read = []
+    original = engine.requests.reading
+    monkeypatch.setattr(
+        engine.requests, "reading", lambda ids, models, texts: read.extend(models) or original(ids, models, texts)
+    )
+    run(engine, ranking, store=tmp_path, recipients=("sft",), windows=(70,), controls=0, coherence=False)
+    assert not read
+    run(engine, ranking, store=tmp_path, recipients=("sft",), windows=(70,), controls=0)
+    assert set(read) == {"sft", "dpo"}
+    read.clear()
+    run(engine, ranking, store=tmp_path, recipients=("sft",), windows=(70,), controls=0)
+    assert not read
+    run(engine, ranking, store=tmp_path, recipients=("sft", "base"), windows=(70,), controls=0)
+    assert "base" in read, "the texts of base, and those of the donor by base"
+
+
+def test_extra_controls_patch_their_own_neurons_with_their_own_strength(engine, ranking):
+    kinds = ("magnitude", "matched", "equal_energy")
+    result = run(engine, ranking, recipients=("sft",), windows=(0, 70), extra_controls=kinds)
+    own = next(row for row in result.rows if row.rank_hi == 70 and row.control is None)
+    random = [ranking.random_control(70, seed=seed) for seed in range(2)]
+    factors = [(ranking.energy(ranking, 70) / ranking.energy(control, 70)) ** 0.5 for control in random]
+    patches = {
+        ("magnitude", None): Patch("sft", "dpo", ranking.magnitude_control(70), 70),
+        ("matched", None): Patch("sft", "dpo", ranking.matched_control(70), 70),
+        **{("per_layer", seed): Patch("sft", "dpo", random[seed], 70) for seed in range(2)},
+        **{("equal_energy", s): Patch("sft", "dpo", random[s], 70, strength=factors[s]) for s in range(2)},
+    }
+    controls = {(row.control, row.control_seed): row for row in result.rows if row.control is not None}
+    assert controls.keys() == patches.keys(), "a window of no neurons has random controls of none alone"
+    for key, patch in patches.items():
+        texts = [c.text for c in engine.generate(PROMPTS, patch, GREEDY)]
+        records = [r for r in result.records if (r["control"], r["control_seed"], r["rank_hi"]) == (*key, 70)]
+        assert [r["completion"] for r in records] == texts
+        assert controls[key].strength == 1.0
+    assert [controls["equal_energy", s].energy for s in range(2)] == pytest.approx([own.energy] * 2)
+    assert controls["per_layer", 0].energy < own.energy < 1
+    assert own.net_of_magnitude == pytest.approx(own.effect - controls["magnitude", None].effect)
+
+
+def test_ranking_without_statistics_has_no_extra_controls(engine, ranking):
+    order = Ranking.from_order(ranking.top(200), ranking.shape)
+    result = run(
+        engine, order, recipients=("sft",), windows=(70,), controls=1, extra_controls=("magnitude", "equal_energy")
+    )
+    assert {row.control for row in result.rows} == {None, "per_layer"}
+    notes = [note for note in result.notes if "has no" in note]
+    assert notes == [
+        "safety [0, 70) has no magnitude control: ranking: expected statistics or moments of the recipient, got none. "
+        "Make it with Engine.contrast.",
+        "safety [0, 70) has no equal_energy control: expected a ranking with the statistics of a pair, and neurons "
+        "that differ between them",
+    ]
+    with pytest.raises(
+        SnpatchError, match="extra_controls: expected one of magnitude, matched, equal_energy, got 'all'"
+    ):
+        run(engine, ranking, extra_controls=("all",))
+
+
+def test_harmless_prompts_that_a_patch_refuses_are_counted(engine, ranking):
+    def refusal(prompts, completions):
+        return [-1.0 if sum(map(ord, completion)) % 3 else 1.0 for completion in completions]
+
+    config = SweepConfig(
+        ("sft",), "dpo", (70,), controls=1, extra_controls=(), sampling=GREEDY, resamples=200, harmless="benign"
+    )
+    sets, judges = {"attacks": PROMPTS[:3], "benign": PROMPTS[3:]}, {"cost": judge, "refusal": refusal}
+    result = sweep(engine, sets, {"safety": ranking}, judges, config)
+    for row in result.rows:
+        texts = [
+            r["completion"] for r in result.records if r["set"] == "benign"
+            and (r["recipient"], r["ranking"], r["control"]) == (row.recipient, row.ranking, row.control)
+        ]  # fmt: skip
+        assert row.harmless_refused == np.mean([score < 0 for score in refusal(texts, texts)])
+        assert row.harmless_refused_low <= row.harmless_refused <= row.harmless_refused_high
+    with pytest.raises(SnpatchError, match="refusal_judge: expected one of the judges, cost, got refusal"):
+        sweep(engine, sets, {"safety": ranking}, {"cost": judge}, config)
+    with pytest.raises(SnpatchError, match="harmless: expected one of the sets, prompts, got benign"):
+        sweep(engine, PROMPTS, {"safety": ranking}, judges, config)

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from snpatch.experiments.context import ExperimentContext
-from snpatch.ranking.window import Window
+from snpatch.ranking.window import EXTRA_CONTROLS, Window
 from snpatch.report.formatting import (
     describe_score,
     format_interval,
@@ -28,6 +28,19 @@ from snpatch.sweeps.store import describe_unfinished
 from snpatch.sweeps.sweep import SweepResult
 
 MAX_FAILURES = 10  # named in the notes
+BROKEN_LIMIT = 0.05  # share of broken texts above which a headline names it
+LINE_STYLES = ("-", "--", "-.", ":")
+CONTROL_LABELS = {
+    "magnitude": "neurons with the largest activations",
+    "matched": "neurons with matched activations",
+    "equal_energy": "random neurons, changed as much",
+}
+EFFECT_LINES = (  # column of a row, label, marker and line
+    ("effect", "effect", "o-"),
+    ("effect_coherent", "effect, without broken texts", "--"),
+    ("broken", "broken texts", "x:"),
+    ("harmless_refused", "harmless prompts refused", "+-."),
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,7 @@ class SweepSettings:
 
     controls: int = SweepConfig.controls
     control_kind: str = SweepConfig.control_kind
+    extra_controls: tuple[str, ...] = SweepConfig.extra_controls
     disjoint: bool = SweepConfig.disjoint
     positions: str | int = SweepConfig.positions
     resamples: int = SweepConfig.resamples
@@ -54,6 +68,7 @@ def build_sweep_config(
         tuple(map(Window.of, windows)),
         controls=settings.controls,
         control_kind=settings.control_kind,
+        extra_controls=settings.extra_controls,
         disjoint=settings.disjoint,
         positions=settings.positions,
         sampling=context.sampling,
@@ -72,11 +87,15 @@ def build_sweep_report(result: SweepResult, name: str) -> Report:
     plots, displays, headline = {}, [], []
     for judge in result.judges:
         for label, part in result.slices():
+            if not _is_reported(result, judge, part):
+                continue
             stem = name if judge == result.judges[0] else f"{name}-{judge}"
             if label:
                 stem += "-" + label.replace(", ", "-")
             if (figure := plot_scores(part, judge, label)) is not None:
                 plots[stem] = figure
+            if (figure := plot_over_refusal(part, judge, label)) is not None:
+                plots[f"{stem}-over-refusal"] = figure
             displays.append(_build_table(part, judge, label))
     for label, part in result.slices():
         headline += build_headline(part, label)
@@ -91,12 +110,21 @@ def build_sweep_report(result: SweepResult, name: str) -> Report:
     )
 
 
+def _is_reported(result: SweepResult, judge: str, part: SweepResult) -> bool:
+    """Return whether a slice has a table and plots of its own.
+
+    Scores of harmless prompts, and refusals, are columns of the other rows.
+    """
+    config = result.config
+    return not config.harmless or (part.rows[0].set != config.harmless and judge != config.refusal_judge)
+
+
 def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
     """Build the on-screen table of one judge, set, donor and strength, without the random controls.
 
     Five columns, so that it fits a terminal of 100 characters; the report's file has all columns.
     """
-    rows = [row for row in result.rows if row.judge == judge and row.control_seed is None]
+    rows = [row for row in result.rows if row.judge == judge and row.control is None]
     certainty = f"{result.config.confidence:.0%} CI"
     columns = {
         "recipient": lambda row: row.recipient,
@@ -105,6 +133,10 @@ def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
         f"effect {certainty}": lambda row: _format_effect(row),
         "p (q) vs random": _format_p_vs_random,
     }
+    if any(row.broken for row in rows):
+        columns["broken"] = lambda row: "" if row.broken is None else f"{row.broken:.0%}"
+    if result.config.harmless:
+        columns["harmless refused"] = lambda row: "" if row.harmless_refused is None else f"{row.harmless_refused:.0%}"
     if any(row.control_overlap for row in rows):
         columns["overlap"] = lambda row: f"{row.control_overlap:.1%}" if row.control_overlap else ""
     if any(row.failed for row in rows):
@@ -142,8 +174,9 @@ def _describe_failures(result: SweepResult) -> list[str]:
 def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | None:
     """Plot the mean score of each recipient.
 
-    The plot has each ranking with its simultaneous band, the range of its random controls, and both unpatched models.
-    The x axis is k, or the first rank of the window if the windows slide.
+    The plot has each ranking with its simultaneous band, its controls, and both unpatched models. Below are the effect,
+    the effect over prompts without a broken text, and the shares of broken texts and of harmless prompts that are
+    refused. The x axis is k, or the first rank of the window if the windows slide.
 
     Args:
         result: One slice of a sweep: one set, donor and strength.
@@ -156,18 +189,76 @@ def plot_scores(result: SweepResult, judge: str, label: str = "") -> Figure | No
     recipients = result.config.recipients
     if not recipients:
         return None
-    figure = Figure(figsize=(6 * len(recipients), 4.5), layout="constrained")
-    axes = figure.subplots(1, len(recipients), sharey=True, squeeze=False)
-    for axis, recipient in zip(axes[0], recipients, strict=True):
-        _draw_recipient(axis, result, judge, recipient)
+    figure = Figure(figsize=(6 * len(recipients), 8), layout="constrained")
+    axes = figure.subplots(2, len(recipients), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+    for (mean_axis, effect_axis), recipient in zip(axes.T, recipients, strict=True):
+        _draw_recipient(mean_axis, result, judge, recipient)
+        _draw_effects(effect_axis, result, judge, recipient)
+        effect_axis.set_xlabel(mean_axis.get_xlabel())
+        mean_axis.set_xlabel("")
     figure.suptitle(to_plot_label(label))
     return figure
 
 
-def _draw_recipient(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
+def plot_over_refusal(result: SweepResult, judge: str, label: str = "") -> Figure | None:
+    """Plot the mean score against the share of harmless prompts that are refused, one point per window.
+
+    Args:
+        result: See plot_scores.
+        judge: Name of the judge.
+        label: Name of the slice, the figure's title.
+
+    Returns:
+        None if the sweep has no harmless prompts, or the donor is the only recipient.
+    """
+    if not result.config.harmless or not result.config.recipients:
+        return None
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for number, recipient in enumerate(result.config.recipients):
+        for ranking, style in zip(result.rankings, LINE_STYLES * len(result.rankings), strict=False):
+            line = result.line(judge, recipient, ranking)
+            x, y = [_or_nan(row.mean) for row in line], [_or_nan(row.harmless_refused) for row in line]
+            name = to_plot_label(f"{recipient}, {ranking} neurons")
+            axis.plot(x, y, "o", linestyle=style, color=f"C{number}", markersize=4, label=name)
+            for row in line:
+                axis.annotate(str(row.rank_hi), (_or_nan(row.mean), _or_nan(row.harmless_refused)), fontsize=7)
+    donor = result.baseline(result.donor, judge)
+    name = to_plot_label(f"{result.donor}, unpatched")
+    axis.plot(
+        [_or_nan(donor.mean)], [_or_nan(donor.harmless_refused)], "*", color="tab:green", markersize=12, label=name
+    )
+    axis.set(xlabel=to_plot_label(f"mean {describe_score(judge)}"), ylabel="share of harmless prompts refused")
+    axis.set_title(to_plot_label(label))
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return figure
+
+
+def _is_curve(result: SweepResult) -> bool:
+    """Return whether the windows are drawn by their end (k) and not by their first rank."""
     starts_at_top = [window.lo == 0 for window in result.config.windows]
-    is_curve = all(starts_at_top) or sum(starts_at_top) > 1
-    donor = result.donor
+    return all(starts_at_top) or sum(starts_at_top) > 1
+
+
+def _draw_effects(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
+    """Draw effects with and without broken texts, and the shares of broken texts and refused harmless prompts."""
+    is_curve = _is_curve(result)
+    for number, ranking in enumerate(result.rankings):
+        line = [row for row in result.line(judge, recipient, ranking) if row.rank_lo == 0 or not is_curve]
+        x = [row.rank_hi if is_curve else row.rank_lo for row in line]
+        suffix = f", {ranking}" if len(result.rankings) > 1 else ""
+        for name, label, look in EFFECT_LINES:
+            values = [_or_nan(getattr(row, name)) for row in line]
+            if not all(map(math.isnan, values)):
+                axis.plot(x, values, look, color=f"C{number}", markersize=3, label=to_plot_label(label + suffix))
+    axis.set_ylabel("share")
+    axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+
+
+def _draw_recipient(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
+    is_curve, donor = _is_curve(result), result.donor
     for model, color, style in ((recipient, "tab:gray", "--"), (donor, "tab:green", ":")):
         label = to_plot_label(f"{model}, unpatched")
         axis.axhline(_or_nan(result.baseline(model, judge).mean), color=color, linestyle=style, label=label)
@@ -209,6 +300,12 @@ def _draw_ranking(axis: Axes, result: SweepResult, rows: Sequence[Row], color: s
         if overlapping:
             label = "random neurons, some of them the window's"
             axis.plot(overlapping, [center[x] for x in overlapping], "x", color="tab:red", label=label)
+    for kind, style in zip(EXTRA_CONTROLS, LINE_STYLES[1:], strict=True):
+        means = {get_x(row): [_or_nan(c.mean) for c in result.controls(row, kind)] for row in line}
+        means = {position: sum(values) / len(values) for position, values in means.items() if values}
+        if means:
+            x, y = list(means), list(means.values())
+            axis.plot(x, y, style, color="tab:brown", label=CONTROL_LABELS[kind])
 
 
 def _or_nan(value: float | None) -> float:
@@ -228,6 +325,8 @@ def build_headline(result: SweepResult, label: str = "") -> list[str]:
     """
     sentences, suffix = [], f" ({label})" if label else ""
     for judge in result.judges:
+        if not _is_reported(result, judge, result):
+            continue
         for recipient in result.config.recipients:
             for ranking in result.rankings:
                 row = choose_window(result.line(judge, recipient, ranking), result.config.report_k)
@@ -290,19 +389,39 @@ def _describe_row(result: SweepResult, row: Row) -> str:
         f"{describe_neurons(row)} of ranking {row.ranking} {describe_change(row, baseline)}, "
         f"{format_percent(row.effect)} ({certainty} {bounds}) of the way to {result.donor}, whose mean is "
         f"{format_value(abs(row.gap or 0.0))} {side}; {_describe_controls(row, certainty)}"
-        f"{_describe_ceiling(result, row)}"
+        f"{_describe_ceiling(result, row)}{_describe_side_effects(result, row)}"
     )
 
 
+def _describe_side_effects(result: SweepResult, row: Row) -> str:
+    """Return the share of broken texts if it is above BROKEN_LIMIT, and that of harmless prompts that are refused."""
+    text = ""
+    if row.broken is not None and row.broken > BROKEN_LIMIT:
+        effect = "none" if row.effect_coherent is None else format_percent(row.effect_coherent)
+        text += f"; {format_percent(row.broken)} of its texts are broken (effect over the other prompts: {effect})"
+    if row.harmless_refused is not None:
+        before = result.baseline(row.recipient, row.judge).harmless_refused
+        text += (
+            f"; it refuses {format_percent(row.harmless_refused)} of the harmless prompts (unpatched: "
+            f"{format_percent(before)})"
+        )
+    return text
+
+
 def _describe_controls(row: Row, certainty: str) -> str:
-    """Return the effect net of a row's random controls, and their overlap with the window."""
+    """Return the effect net of a row's random controls, with their overlap, and of its magnitude control."""
+    magnitude = ""
+    if row.net_of_magnitude is not None:
+        bounds = format_interval(asdict(row), "net_of_magnitude", format_percent)
+        share = f"{format_percent(row.net_of_magnitude)} ({certainty} {bounds})"
+        magnitude = f"; net of the neurons with the largest activations: {share}"
     if not row.controls:
-        return "no random control"
+        return f"no random control{magnitude}"
     controls = "1 random control" if row.controls == 1 else f"{row.controls} random controls"
     overlap = f" ({row.control_overlap:.1%} of them in the window: conservative)" if row.control_overlap else ""
     bounds = format_interval(asdict(row), "net_effect", format_percent)
     bounds = f" ({certainty} {bounds})" if bounds else ""
-    return f"net of {controls}{overlap}: {format_percent(row.net_effect)}{bounds}"
+    return f"net of {controls}{overlap}: {format_percent(row.net_effect)}{bounds}{magnitude}"
 
 
 def _describe_ceiling(result: SweepResult, row: Row) -> str:
