@@ -301,8 +301,10 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
     )
     assert code == 0, err
     rows = json.loads(out_text)["tables"]["minimal"]
-    (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
-    assert "is the smallest k on the grid" in json.loads(out_text)["headline"][0]
+    (smallest,) = [row["k"] for row in rows if row["is_answer"]]
+    assert ("is the smallest k on the grid" in json.loads(out_text)["headline"][0]) != any(
+        row["conflict"] for row in rows
+    )
     assert {row["block"] for row in json.loads(out_text)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
     code, out_text, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err
@@ -313,6 +315,13 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
     for row in rows:
         if row["prompts"] == 12:
             assert row["effect"] == pytest.approx(effects[row["k"]])
+    options = ["--no-monotone", "--score-range", 0, 1000, "--target-effect", 0.5]
+    code, out_text, err = run(capsys, "find-minimal", *common, *options, "-o", out, "--json")
+    assert code == 0, err
+    rows = json.loads(out_text)["tables"]["minimal"]
+    (sure,) = [row["k"] for row in rows if row["is_answer"]]
+    assert sure == min(k for k, effect in effects.items() if effect >= 0.5)
+    assert {row["k"] for row in rows} >= {k for k in effects if k < sure}, "each smaller k is measured"
     code, _, err = run(capsys, "find-minimal", *common, "--strengths", "1,2", "-o", out)
     assert (code, "one donor, one strength and one sample" in err) == (2, True)
 
