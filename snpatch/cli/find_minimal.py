@@ -1,6 +1,6 @@
 """`snpatch find-minimal`: the smallest k that reaches a target effect, from as few completions as possible."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -77,5 +77,5 @@ def find_minimal(
             "score_range": score_range,
             "blocks": blocks,
         }
-        report = replace(build_minimal_report(results, target_effect), provenance=provenance.to_dict(settings))
+        report = provenance.complete(build_minimal_report(results, target_effect), settings)
     o.write_report(report, out, as_json)
