@@ -7,8 +7,8 @@ result may be read after every prompt. When every prompt was seen, nothing is le
 
 What it assumes: scores are bounded. Without a `score_range` the bounds are a guess from the unpatched models' scores.
 A score outside the guess shows that it is wrong, but a rare one may be unseen, so that the answer is then always
-measured on all prompts. With `monotone`, the effect also rises with k: windows on the far side of a decided one are not
-sampled, and `conflict` lists the evidence against it.
+measured on all prompts; that smaller windows are too small still depends on the guess. With `monotone`, the effect also
+rises with k: windows on the far side of a decided one are not sampled, and `conflict` lists the evidence against it.
 """
 
 import math
