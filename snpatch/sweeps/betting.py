@@ -37,7 +37,9 @@ def compute_log_wealth(values: np.ndarray, mean: float, population: int | None) 
 
 
 def compute_bounds(values: np.ndarray, tail: float, population: int | None) -> tuple[float, float]:
-    """Return the bounds of the mean of all values; each is ever wrong with a probability of at most `tail`.
+    """Return the bounds of the mean of all values.
+
+    Each of them is ever wrong with a probability of at most `tail`.
 
     Args:
         values: See compute_log_wealth; so is population.

@@ -266,7 +266,7 @@ def _find_conflict(test: SequentialTest, curve: Sequence[WindowEstimate], k: int
 
 
 def _is_fall(test: SequentialTest, smaller: int, larger: int) -> bool:
-    """Return whether the larger window's effect is clearly below the smaller one's, on the prompts that both saw."""
+    """Return whether the effect is clearly lower at the larger window, on the prompts that both have seen."""
     n = min(test.num_seen(smaller), test.num_seen(larger))
     before, after = test.surpluses(smaller)[:n], test.surpluses(larger)[:n]
     return (before.mean() - after.mean()) / test.gap >= MIN_FALL and _compute_paired_t(after, before) >= MIN_FALL_T

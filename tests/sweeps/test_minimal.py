@@ -329,7 +329,7 @@ def test_blocks_are_chosen_greedily_until_they_suffice():
 
 
 def test_blocks_are_chosen_and_measured_on_different_prompts():
-    """Of blocks without a difference, the chosen one looks best on its prompts; its reported effect does not."""
+    """All blocks have the same effect, and the chosen one looks best on the prompts that chose it."""
     reported, chosen_on = [], []
     for seed in range(40):
         draw = np.random.default_rng(seed)
