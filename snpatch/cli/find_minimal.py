@@ -1,6 +1,6 @@
 """`snpatch find-minimal`: the smallest k that reaches a target effect, from as few completions as possible."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +18,19 @@ def find_minimal(
     target_effect: Annotated[
         float, typer.Option(min=0, max=1, help="Effect to reach: 0 is the recipient's mean score, 1 the donor's.")
     ] = 0.9,
+    monotone: Annotated[
+        bool,
+        typer.Option(
+            help="Assume that the effect rises with k. --no-monotone tests every smaller k and uses more completions."
+        ),
+    ] = True,
+    score_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="Lowest and highest possible score of the judge. Default: guessed, and the answer is measured on all "
+            "prompts."
+        ),
+    ] = None,
     blocks: Annotated[
         int | None,
         typer.Option(
@@ -54,8 +67,15 @@ def find_minimal(
         with context.progress("minimal") as progress:
             results = search(
                 context.engine, prompts, rankings, judge, spec.sweep,
-                target=target_effect, block_layers=blocks, store=store, progress=progress,
+                target=target_effect, monotone=monotone, score_range=score_range, block_layers=blocks, store=store,
+                progress=progress,
             )  # fmt: skip
-        settings = {**asdict(spec.sweep), "target_effect": target_effect, "blocks": blocks}
-        report = replace(build_minimal_report(results, target_effect), provenance=provenance.to_dict(settings))
+        settings = {
+            **asdict(spec.sweep),
+            "target_effect": target_effect,
+            "monotone": monotone,
+            "score_range": score_range,
+            "blocks": blocks,
+        }
+        report = provenance.complete(build_minimal_report(results, target_effect), settings)
     o.write_report(report, out, as_json)

@@ -15,7 +15,7 @@ PANELS = {
     "Patch": (
         "patch", "recipient", "donor", "ranking", "constant", "window", "windows", "k", "positions", "strength",
         "strengths", "generate_with", "completions", "exclude_layer", "no_exclude_layers", "controls", "control_kind",
-        "extra_controls", "coherence", "overlapping_controls", "target_effect", "blocks",
+        "extra_controls", "coherence", "overlapping_controls", "target_effect", "monotone", "score_range", "blocks",
     ),
     "Guard": ("guard", "harm_threshold", "folds", "threshold", "refusal", "strengths", "balanced"),
     "Experiments": ("dry_run", "only", "start_at", "use_adapter", "launcher", "seed", "setting"),

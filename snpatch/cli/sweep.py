@@ -6,7 +6,7 @@ its file.
 
 import inspect
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -209,7 +209,7 @@ def run(
             raise
         finally:
             store.finish_run(run_id, outcome)
-        report = replace(build_sweep_report(result, "sweep"), provenance=provenance.to_dict(asdict(spec.sweep)))
+        report = provenance.complete(build_sweep_report(result, "sweep"), asdict(spec.sweep))
     o.write_report(report, out, as_json)
     if result.failures:
         raise typer.Exit(EXIT_INCOMPLETE)

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -164,7 +164,9 @@ def _read_data(data: Fields, default):
         prompt_set = replace(default, **values)
     rows = prompt_set.read(Path(), skip_invalid)
     rows.log_row_notes(prompt_set.source)
-    return rows
+    path = Path(prompt_set.source)
+    read_set = replace(prompt_set, source=str(path.resolve())) if path.exists() else prompt_set
+    return replace(rows, source={**rows.source, "prompt_set": asdict(read_set)})
 
 
 def _train(function: str, out: Path, as_json: bool, arguments: tuple, **options: object) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,6 +60,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def is_text(self) -> bool:
+        """Return whether the rows are running text."""
+        return not all(example.prompt for example in self.examples)
 
     @property
     def prompts(self) -> list[Chat]:
@@ -125,6 +131,22 @@ class Dataset:
             raise SnpatchError(f"{self.name}: seed: expected 0..2^32-1, got {seed}")
         order = np.random.RandomState(seed).permutation(len(self))[:n]
         return self._select(tuple(self.examples[i] for i in order), f"{n} drawn with seed {seed}")
+
+    def leave_out(self, indices: Collection[int], reason: str) -> "Dataset":
+        """Return the examples without those at some indices.
+
+        Args:
+            indices: Indices of examples.
+            reason: Reason for the provenance.
+
+        Raises:
+            SnpatchError: No example is left.
+        """
+        left_out = set(indices)
+        examples = tuple(example for i, example in enumerate(self.examples) if i not in left_out)
+        if not examples:
+            raise SnpatchError(f"{self.name}: expected prompts, got none: all {len(self)} are left out ({reason})")
+        return self._select(examples, f"without {len(left_out)} left out ({reason})")
 
     def filter(self, column: str, *values: Any) -> "Dataset":
         """Return the examples whose `meta[column]` is one of the values.

@@ -54,7 +54,7 @@ class Format:
     parse: Callable[[dict], Example | str]  # a string: why the row is dropped. Raises RowError
     columns: Columns
     hub: Hub | None = None
-    distinct: bool = False  # drop later rows with the same prompt
+    distinct: bool = False  # by default, drop later rows with the same prompt
 
 
 def _beavertails(row: dict) -> Example:

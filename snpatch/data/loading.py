@@ -10,6 +10,7 @@ from snpatch.data.dataset import Dataset, Example, fingerprint_examples
 from snpatch.data.file_reader import find_files, get_suffix, read_rows
 from snpatch.data.formats import DATASETS, Format, RowError, shorten_repr
 from snpatch.data.generic import NOTES, find_unused_columns, generic_format, line_format
+from snpatch.data.overlap import split_words
 from snpatch.data.source_row import SourceRow, find_column_error
 from snpatch.errors import SnpatchError
 from snpatch.utils.optional import require
@@ -25,6 +26,7 @@ def load_dataset(
     split: str | None = None,
     column: str | None = None,
     revision: str | None = None,
+    distinct: bool | None = None,
     skip_invalid: bool = False,
 ) -> Dataset:
     """Load prompts, preference pairs, conversations or text.
@@ -39,6 +41,7 @@ def load_dataset(
             path.
         column: Column with the prompt; None: found by its name.
         revision: Branch, tag or commit of a published dataset.
+        distinct: Drop rows whose prompt has the same words as an earlier one; None: if the format does (beavertails).
         skip_invalid: Count invalid rows instead of raising an error at the first.
 
     Returns:
@@ -50,6 +53,7 @@ def load_dataset(
     check_argument(source, str | Path, "source")
     for name, value in {"format": format, "split": split, "column": column, "revision": revision}.items():
         check_argument(value, str | None, name)
+    check_argument(distinct, bool | None, "distinct")
     if isinstance(source, str) and source in DATASETS:
         if format or column:
             raise SnpatchError(
@@ -76,7 +80,8 @@ def load_dataset(
                 row_format = line_format()
             rows = (row for file in files for row in read_rows(file, row_format.columns))
         origin = {"path": str(path), "format": format, "split": split, "column": column}
-    return _collect(name, rows, row_format, origin, skip_invalid)
+    is_distinct = row_format.distinct if distinct is None else distinct
+    return _collect(name, rows, row_format, origin, is_distinct, skip_invalid)
 
 
 def _get_format(format: str | None, column: str | None) -> Format:
@@ -88,7 +93,9 @@ def _get_format(format: str | None, column: str | None) -> Format:
     return DATASETS[format]
 
 
-def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: dict, skip_invalid: bool) -> Dataset:
+def _collect(
+    name: str, rows: Iterator[SourceRow], row_format: Format, origin: dict, is_distinct: bool, skip_invalid: bool
+) -> Dataset:
     examples, dropped, num_rows, skipped, known_prompts = [], Counter(), 0, 0, set()
     for row in rows:
         num_rows += 1
@@ -101,11 +108,14 @@ def _collect(name: str, rows: Iterator[SourceRow], row_format: Format, origin: d
             continue
         if isinstance(example, str):
             dropped[example] += 1
-        elif row_format.distinct and example.prompt[0]["content"] in known_prompts:
-            dropped["repeated prompt"] += 1
-        else:
-            examples.append(replace(example, meta={**example.meta, "file": row.file, "row": row.number}))
-            known_prompts.add(example.prompt[0]["content"] if row_format.distinct else None)
+            continue
+        if is_distinct and example.prompt:
+            prompt = tuple(" ".join(split_words(message["content"])) for message in example.prompt)
+            if prompt in known_prompts:
+                dropped["repeated prompt"] += 1
+                continue
+            known_prompts.add(prompt)
+        examples.append(replace(example, meta={**example.meta, "file": row.file, "row": row.number}))
     if not examples:
         reasons = "".join(f"; {count} dropped: {reason}" for reason, count in dropped.items())
         raise SnpatchError(f"{name}: expected prompts, got none in {num_rows} rows ({skipped} invalid{reasons})")

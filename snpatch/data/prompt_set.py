@@ -19,6 +19,7 @@ class PromptSet:
         first: Number of rows from the start.
         sample: Number of rows drawn with `seed`.
         seed: Seed of the sample.
+        distinct: See load_dataset.
     """
 
     source: str
@@ -30,6 +31,7 @@ class PromptSet:
     first: int | None = None
     sample: int | None = None
     seed: int = 0
+    distinct: bool | None = None
 
     def __post_init__(self) -> None:
         if self.first is not None and self.sample is not None:
@@ -45,6 +47,7 @@ class PromptSet:
             split=self.split,
             column=self.column,
             revision=self.revision,
+            distinct=self.distinct,
             skip_invalid=skip_invalid,
         )
         if self.filter:

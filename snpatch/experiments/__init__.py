@@ -6,7 +6,7 @@ recorded, and `run` here does both. This module imports no torch, because the CL
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ def run(name: str, context: "ExperimentContext", settings: Mapping[str, object] 
     resolved = resolve_settings(context.config, name, settings)
     provenance = context.start_provenance()
     report = _import_experiment(name).run(context, resolved)
-    return replace(report, provenance=provenance.to_dict(asdict(resolved)))
+    return provenance.complete(report, asdict(resolved))
 
 
 def _import_experiment(name: str):

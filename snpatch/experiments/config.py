@@ -71,10 +71,22 @@ class ExperimentConfig(EvalConfig):
         self.check_models(models)
         for name in self.benchmarks:
             self.check_set(name, "benchmarks")
+        for name in self.seen_sets:
+            self.check_set(name, "seen_sets")
         if self.donor in self.recipients:
             raise SnpatchError(
                 f"donor: expected a model that is no recipient, got {self.donor!r}. Remove it from the recipients."
             )
+
+    @property
+    def contrast_sets(self) -> tuple[str, ...]:
+        """Names of the prompt sets that contrasts read."""
+        return tuple(contrast.prompts for contrast in (*self.contrasts.values(), *self.seeds.values()))
+
+    @property
+    def evaluation_sets(self) -> tuple[str, ...]:
+        """Names of the benchmarks."""
+        return self.benchmarks
 
     @property
     def safety(self) -> Contrast:

@@ -19,6 +19,7 @@ from snpatch.errors import SnpatchError, unknown_name
 from snpatch.executors.base import Progress
 from snpatch.experiments.config import Contrast, ExperimentConfig
 from snpatch.experiments.provenance import FingerprintSource, Provenance
+from snpatch.experiments.seen_prompts import SeenPrompts, SetOverlap
 from snpatch.judges.factory import is_model_judge, open_judge
 from snpatch.judges.protocol import Judge
 from snpatch.patching.patch import Patch, recipient_name
@@ -76,7 +77,10 @@ class ExperimentContext:
         self.out, self.progress, self._command = Path(out), progress, command
         self._backend = config.engine.backend if backend == "auto" else backend
         self._limit, self._skip_invalid, self._engine_arguments = limit, skip_invalid, engine
-        self._sets: dict[str, Dataset] = {}
+        self._sets: dict[str, Dataset] = {}  # as they are used
+        self._read_sets: dict[str, Dataset] = {}  # with seen prompts
+        self._overlaps: dict[str, SetOverlap] = {}
+        self._seen_prompts = SeenPrompts(config, self._read_set)
         self._judges: dict[str, Judge] = {}
         self._rankings: dict[tuple[str, ...], Ranking] = {}
         self._provenance = self.start_provenance()
@@ -177,20 +181,38 @@ class ExperimentContext:
     def data(self, name: str) -> Dataset:
         """Return a prompt set of the config; read it at its first use.
 
+        An evaluation set is compared with the prompts that the config's rankings and models have seen, and with
+        `exclude_seen` it is without them.
+
         Args:
             name: Name of the set.
 
         Raises:
-            SnpatchError: The config has no such set, or it cannot be read.
+            SnpatchError: The config has no such set, it cannot be read, or all its prompts have been seen.
         """
+        if name not in self._sets:
+            data = self._read_set(name)
+            is_evaluated = name in self.config.evaluation_sets or name not in self.config.seen
+            if is_evaluated and not data.is_text:
+                self._overlaps[name] = overlap = self._seen_prompts.find_overlap(name, data)
+                if overlap.is_excluded and overlap.indices:
+                    data = data.leave_out(overlap.indices, "also in seen prompts")
+            self._sets[name] = data
+        self._provenance.set(name, self._sets[name])
+        if name in self._overlaps:
+            self._provenance.overlap(self._overlaps[name])
+            for seen in self.config.seen if self.config.exclude_seen else ():
+                self._provenance.set(seen, self._read_set(seen))
+        return self._sets[name]
+
+    def _read_set(self, name: str) -> Dataset:
         if name not in self.config.sets:
             raise unknown_name("prompt set", name, self.config.sets)
-        if name not in self._sets:
+        if name not in self._read_sets:
             data = self.config.sets[name].read(self.config.folder, self._skip_invalid)
             data.log_row_notes(name)
-            self._sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
-        self._provenance.set(name, self._sets[name])
-        return self._sets[name]
+            self._read_sets[name] = data if self._limit is None else data.first(min(self._limit, len(data)))
+        return self._read_sets[name]
 
     def prompts(self, name: str) -> list[Chat]:
         """Return the prompts of a set.

@@ -6,11 +6,14 @@ ran before it.
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from snpatch.data import Dataset
+from snpatch.experiments.seen_prompts import SetOverlap
 from snpatch.op import ops
 from snpatch.ranking.ranking import Ranking
+from snpatch.report.report import Report
 from snpatch.utils.environment import describe_environment
 
 
@@ -34,6 +37,7 @@ class Provenance:
         self._started, self._facts = time.monotonic(), facts
         self._backend: str | None = None
         self._used: dict[str, dict] = {"adapters": {}, "models": {}, "sets": {}, "judges": {}, "rankings": {}}
+        self._overlaps: dict[str, SetOverlap] = {}
 
     def model(self, engine: FingerprintSource, name: str, adapters: object = ()) -> None:
         """Record a model. adapters: their sources, as the user wrote them."""
@@ -45,6 +49,10 @@ class Provenance:
         """Record a prompt set, or a text."""
         self._used["sets"][name] = data.provenance
 
+    def overlap(self, overlap: SetOverlap) -> None:
+        """Record the overlap of an evaluation set with seen prompts."""
+        self._overlaps[overlap.name] = overlap
+
     def judge(self, name: str, arguments: Mapping[str, object]) -> None:
         """Record a judge with the arguments that it was opened with."""
         self._used["judges"][name] = dict(arguments)
@@ -52,6 +60,11 @@ class Provenance:
     def ranking(self, name: str, ranking: Ranking) -> None:
         """Record a ranking with its own provenance."""
         self._used["rankings"][name] = ranking.provenance
+
+    def complete(self, report: Report, settings: Mapping[str, object]) -> Report:
+        """Return a report with this provenance, and with notes about prompts that overlap with seen ones."""
+        notes = [note for overlap in self._overlaps.values() for note in overlap.notes]
+        return replace(report, provenance=self.to_dict(settings), notes=[*report.notes, *notes])
 
     def to_dict(self, settings: Mapping[str, object]) -> dict:
         """Return everything as JSON data, sorted by name, with the seconds since the start."""
@@ -62,6 +75,7 @@ class Provenance:
             **self._facts,
             "backend": self._backend,
             **used,
+            "overlaps": {name: overlap.to_dict() for name, overlap in sorted(self._overlaps.items())},
             **describe_environment(ops.implementations()),
             "seconds": seconds,
         }

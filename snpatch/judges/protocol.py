@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any, Protocol
 
 from snpatch.errors import SnpatchError, shown
+from snpatch.judges.run_on import cut_run_on
 from snpatch.names import check_names
 
 
@@ -34,6 +35,8 @@ def score_all(
 ) -> dict[str, list[float]]:
     """Return each judge's scores of all completions, in order.
 
+    Every judge reads a completion up to the next user turn that its model invented (see run_on.cut_run_on).
+
     Args:
         judges: Name -> judge.
         prompts: Prompts as strings.
@@ -48,9 +51,10 @@ def score_all(
     """
     check_pairs(prompts, completions)
     check_names(judges, "a judge")
+    answers = [cut_run_on(completion) for completion in completions]
     scores = {}
     for name, judge in judges.items():
-        values = _parse_scores(judge(prompts, completions), name)
+        values = _parse_scores(judge(prompts, answers), name)
         if len(values) != len(prompts):
             raise BrokenJudgeError(
                 f"judge {name!r}: expected {len(prompts)} scores, one a completion, got {len(values)}"

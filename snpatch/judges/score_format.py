@@ -53,7 +53,7 @@ class ScoreFormat:
             return _fill(BEAVER, prompt, completion) + ("" if get_appended_token(tokenizer) else tokenizer.eos_token)
         if self.format == "tulu":
             rendered_prompt = render_tulu([{"role": "user", "content": prompt}], tokenizer)
-            text = rendered_prompt + completion.split("<|user|>")[0]
+            text = rendered_prompt + completion
             for word in {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token} - {None}:
                 text = text.replace(word, "")
             return text

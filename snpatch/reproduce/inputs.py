@@ -27,7 +27,9 @@ VLLM_FIELDS_IGNORED = (
     "gpu_memory_utilization", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size",
     "enforce_eager", "swap_space",
 )  # fmt: skip
-CONFIG_VALUES = ("recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost")  # fields of an experiment config
+CONFIG_VALUES = (  # fields of an experiment config
+    "recipients", "benchmarks", "max_tokens", "contrast_tokens", "cost", "seen_sets", "exclude_seen",
+)  # fmt: skip
 SWEEP_INPUTS = ("recipients", "benchmarks", "max_tokens")
 EXPERIMENT_INPUTS = {  # experiment -> inputs that its provenance does not name
     "curve": SWEEP_INPUTS,
@@ -104,7 +106,7 @@ class InputFingerprints:
     def experiment_inputs(self, name: str, provenance: dict) -> list[str]:
         """Return the names of all inputs of an experiment's table."""
         inputs = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
-        inputs += [*EXPERIMENT_INPUTS.get(name, ()), *self.provenance_inputs(provenance)]
+        inputs += ["seen_sets", "exclude_seen", *EXPERIMENT_INPUTS.get(name, ()), *self.provenance_inputs(provenance)]
         if name == "alignment_tax":
             objectives = experiments.resolve_settings(self._config, name).objectives
             inputs += [f"contrast/contrasts/{objective}" for objective in objectives]

@@ -35,6 +35,8 @@ class EvalConfig:
         judges: Arguments of `open_judge` by the judge's name.
         max_tokens: Length limit of a completion, in tokens.
         contrast_tokens: Length limit of a completion that a contrast reads, in tokens.
+        seen_sets: Names of further prompt sets that models, judges or guards were made from; see `seen`.
+        exclude_seen: Leave out evaluation prompts that are also in a seen set or in a model's training data.
     """
 
     folder: Path
@@ -43,6 +45,23 @@ class EvalConfig:
     judges: dict[str, dict]
     max_tokens: int = GREEDY.max_tokens
     contrast_tokens: int = CONTRAST.max_tokens
+    seen_sets: tuple[str, ...] = ()
+    exclude_seen: bool = False
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Names of the prompt sets with which evaluation prompts are compared: the contrasts' and `seen_sets`."""
+        return tuple(dict.fromkeys((*self.contrast_sets, *self.seen_sets)))
+
+    @property
+    def contrast_sets(self) -> tuple[str, ...]:
+        """Names of the prompt sets that contrasts read."""
+        return ()
+
+    @property
+    def evaluation_sets(self) -> tuple[str, ...]:
+        """Names of the prompt sets that are evaluated even if a contrast reads them, too."""
+        return ()
 
     def resolve_path(self, source: str) -> str:
         """Resolve a path of the file; return a source that is no path there (a hub name) unchanged."""

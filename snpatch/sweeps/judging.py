@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from snpatch.errors import SnpatchError, first_line
 from snpatch.judges.protocol import BrokenJudgeError, Judge, score_all
 from snpatch.sweeps.store import Store, completion_key
+from snpatch.utils.hashing import SCORE_VERSION, hash_json
 
 JUDGE_BATCH_SIZE = 256  # completions per call of a judge
 MAX_CONSECUTIVE_FAILURES = 16  # completions without a score, after which a judge is not called any more
@@ -61,8 +62,12 @@ class BackgroundScorer:
 
 
 def judge_keys(judges: Mapping[str, Judge], store: Store) -> dict[str, str]:
-    """Return the key of each judge's scores: its fingerprint, or else one that only this process uses."""
-    return {name: getattr(judge, "fingerprint", f"{store.owner} {name}") for name, judge in judges.items()}
+    """Return the key of each judge's scores: of its fingerprint, or else one that only this process uses."""
+    fingerprints = {name: getattr(judge, "fingerprint", None) for name, judge in judges.items()}
+    return {
+        name: f"{store.owner} {name}" if fingerprint is None else hash_json([SCORE_VERSION, fingerprint])
+        for name, fingerprint in fingerprints.items()
+    }
 
 
 def judge_all(records: Sequence[dict], judges: Mapping[str, Judge], store: Store) -> None:

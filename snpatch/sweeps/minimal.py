@@ -54,6 +54,8 @@ def find_minimal(
     config: SweepConfig,
     *,
     target: float = 0.9,
+    monotone: bool = True,
+    score_range: tuple[float, float] | None = None,
     block_layers: int | None = None,
     store: str | Path | Store | None = None,
     progress: Progress | None = None,
@@ -67,10 +69,16 @@ def find_minimal(
         judge: The judge that decides.
         config: The grid: windows [0, k) of one donor and one strength. Its controls are not used.
         target: Effect to reach: 0 is the recipient's mean score, 1 the donor's.
+        monotone: See find_smallest_window; so is score_range.
+        score_range: The judge's lowest and highest possible score.
         block_layers: Also find which blocks of this many layers suffice, each with its neurons of the smallest window
             (the largest if none suffices).
         store: A folder that stores completions and scores; or an open Store.
         progress: Called as `progress(done, total)`.
+
+    Raises:
+        SnpatchError: An argument is invalid, a completion or score fails, or the scores of a recipient and the donor
+            do not differ clearly.
     """
     (donor, *other_donors), (strength, *other_strengths) = config.donors, config.strengths
     if other_donors or other_strengths or config.samples > 1 or any(window.lo for window in config.windows):
@@ -90,6 +98,7 @@ def find_minimal(
                 window_search = search.find_smallest_window(
                     lambda pairs, patches=patches: scorer.score(patches, pairs),
                     ks, unpatched[recipient], unpatched[donor], target=target, confidence=config.confidence,
+                    monotone=monotone, score_range=score_range,
                 )  # fmt: skip
                 chosen = []
                 if block_layers is not None:
@@ -99,8 +108,9 @@ def find_minimal(
                         return scorer.score(_join_blocks(pairs, recipient, donor, blocks, patch_options), pairs)
 
                     chosen = search.find_blocks(
-                        measure, list(blocks), unpatched[recipient], unpatched[donor], target=target
-                    )
+                        measure, list(blocks), unpatched[recipient], unpatched[donor],
+                        target=target, confidence=config.confidence,
+                    )  # fmt: skip
                 results.append(MinimalResult(recipient, donor, name, window_search, tuple(chosen)))
     return results
 

@@ -2,44 +2,31 @@
 
 How it decides: of each window the scores of some prompts are known, in one random order of all prompts. A window
 suffices if its mean score is past the point `target` of the way from the recipient's mean to the donor's, prompt by
-prompt (so that what all prompts have in common cancels). The test bets against the contrary (Waudby-Smith and Ramdas,
-"Estimating means of bounded random variables by betting", 2020, without replacement): its result may be read after
-every prompt, and it holds for any distribution of bounded scores. A normal interval would not do: often a few prompts
-fail outright, and a dozen prompts that all went well say nothing about them. When every prompt was seen, nothing is
-left to decide.
+prompt (so that what all prompts have in common cancels). The test bets against the contrary (see betting.py): its
+result may be read after every prompt. When every prompt was seen, nothing is left to decide.
 
-Assumption: the effect rises with k. Windows on the far side of a decided one are not sampled.
+What it assumes: scores are bounded. Without a `score_range` the bounds are a guess from the unpatched models' scores.
+A score outside the guess shows that it is wrong, but a rare one may be unseen, so that the answer is then always
+measured on all prompts; that smaller windows are too small still depends on the guess. With `monotone`, the effect also
+rises with k: windows on the far side of a decided one are not sampled, and `conflict` lists the evidence against it.
 """
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from snpatch.errors import SnpatchError
-from snpatch.statistics import half_width
+from snpatch.statistics import Interval, causal_effect
+from snpatch.sweeps.sequential_test import Measure, SequentialTest, WindowEstimate
 
-FIRST_SAMPLE_SIZE = 12  # prompts of a window's first sample; each further one doubles them
 WINDOWS_PER_ROUND = 3
-BET_FRACTIONS = np.linspace(0.05, 0.95, 10)[:, None]  # of the largest possible bet; all are made in parallel
-RANGE_MARGIN = 0.25  # how far scores may be outside the range of the unpatched models, as a fraction of it
-
-Measure = Callable[
-    [list[tuple[Hashable, int]]], Sequence[float]
-]  # (what is patched, prompt) -> score of the completion
-
-
-@dataclass(frozen=True)
-class WindowEstimate:
-    """Effect (Eq. 4) of a window over the prompts seen so far, with its interval for all prompts."""
-
-    k: int
-    prompts: int
-    effect: float
-    low: float
-    high: float
+MIN_GAP_T = 3.0  # paired t of the gap between the models, below which an effect has no denominator
+MIN_FALL_T = 4.0  # paired t of the fall between two windows, from which the effect does not rise with k
+MIN_FALL = 0.02  # size of such a fall, as a fraction of the gap
+MIN_BLOCK_PROMPTS = 4  # two to choose blocks and two to measure them
 
 
 @dataclass(frozen=True)
@@ -47,10 +34,15 @@ class SearchResult:
     """Result of a search.
 
     Attributes:
-        k: The smallest window of the grid that suffices for these prompts; None if none does.
+        k: The smallest window of the grid that suffices for these prompts; None if none does. With `monotone`, it is
+            the smallest only if the effect rises with k.
         low: The smallest window that may suffice for prompts like these, at the given confidence; None if none may.
         high: The smallest window that surely suffices for prompts like these; None if none does.
         curve: Estimates of the windows that were sampled.
+        monotone: Whether it was assumed that the effect rises with k.
+        conflict: With `monotone`, the sampled windows that contradict the assumption: smaller than k with an estimate
+            that reaches the target, larger than k without reaching it, or clearly below a smaller window on the same
+            prompts.
         used: Completions used.
         full: Completions of the whole grid.
         rounds: Rounds of sampling.
@@ -60,6 +52,8 @@ class SearchResult:
     low: int | None
     high: int | None
     curve: tuple[WindowEstimate, ...]
+    monotone: bool
+    conflict: tuple[int, ...]
     used: int
     full: int
     rounds: int
@@ -67,10 +61,17 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was added, the effect over all prompts with it, and the completions used to choose it."""
+    """A block that was added.
+
+    Attributes:
+        name: The block.
+        effect: Effect of all blocks up to this one over the prompts that did not choose them, with its bootstrap
+            interval.
+        used: Completions used to choose it and to measure its effect.
+    """
 
     name: str
-    effect: float
+    effect: Interval
     used: int
 
 
@@ -82,6 +83,8 @@ def find_smallest_window(
     *,
     target: float = 0.9,
     confidence: float = 0.95,
+    monotone: bool = True,
+    score_range: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> SearchResult:
     """Find the smallest k that covers `target` of the way from the recipient's mean score to the donor's.
@@ -92,39 +95,55 @@ def find_smallest_window(
         recipient: Scores [prompts] of the unpatched recipient.
         donor: Scores [prompts] of the unpatched donor.
         target: Effect to reach, in (0, 1].
-        confidence: Probability that `k` is what the whole grid would give, if the effect rises with k.
+        confidence: Probability that `k` is what the whole grid would give; with `monotone`, if the effect rises with k.
+        monotone: Assume that the effect rises with k. Otherwise every window below the answer is decided by itself.
+        score_range: The judge's lowest and highest possible score. Default: the range of the unpatched scores and a
+            quarter of it on both sides, and the answer is measured on all prompts.
         seed: Seed of the order of prompts.
+
+    Raises:
+        SnpatchError: An argument is invalid, the two models' scores do not differ clearly, or a score is outside
+            `score_range`.
     """
-    test = _SequentialTest(measure, recipient, donor, target, seed)
-    ks = list(ks)
+    recipient, donor = _check_scores(recipient, donor)
+    order = np.random.default_rng(seed).permutation(len(recipient))
+    test, ks = SequentialTest(measure, recipient, donor, target, order, score_range), list(ks)
     if not ks or ks != sorted(set(ks)) or ks[0] < 0:
         raise SnpatchError(f"minimal: ks: expected rising numbers from 0 on, got {ks}")
     if not 0 < confidence < 1:
         raise SnpatchError(f"minimal: confidence: expected a value in (0, 1), got {confidence}")
     risk = (1 - confidence) / len(ks)
-    low, high, rounds = -1, len(ks), 0  # indices: all up to low are too small, all from high on suffice
-    while high - low > 1:
+    verdicts, rounds = [0] * len(ks), 0
+    while True:
+        answer = next((i for i, verdict in enumerate(verdicts) if verdict > 0), len(ks))
+        if chosen := _choose_windows(test, ks, verdicts, answer, monotone):
+            test.sample([ks[i] for i in chosen])
+        elif answer < len(ks) and score_range is None and not test.is_complete(ks[answer]):
+            chosen = [answer]
+            test.sample_all([ks[answer]])
+        else:
+            break
         rounds += 1
-        started = [i for i in range(low + 1, high) if test.num_seen(ks[i])]
-        spread = [low + (high - low) * (j + 1) // (WINDOWS_PER_ROUND + 1) for j in range(WINDOWS_PER_ROUND)]
-        chosen = [i for i in dict.fromkeys(started or spread) if low < i < high] or [(low + high) // 2]
-        test.sample([ks[i] for i in chosen])
         for i in chosen:
-            verdict = test.verdict(ks[i], risk)
-            if verdict > 0:
-                high = min(high, i)
-            elif verdict < 0:
-                low = max(low, i)
-        low = min(low, high - 1)
+            verdicts[i] = test.verdict(ks[i], risk)
+    tail = (1 - confidence) / 2
+    curve = tuple(test.to_estimate(k, tail, v) for k, v in zip(ks, verdicts, strict=True) if test.num_seen(k))
+    k = ks[answer] if answer < len(ks) else None
+    conflict = _find_conflict(test, curve, k) if monotone else ()
     # Verdicts for prompts like these and not only for these: as if they were drawn from infinitely many.
-    verdicts = [test.verdict(k, risk, is_population=False) if test.num_seen(k) else 0 for k in ks]
-    enough = next((i for i, verdict in enumerate(verdicts) if verdict > 0), None)
-    too_few = max((i for i, verdict in enumerate(verdicts) if verdict < 0), default=-1)
+    outlook = [test.verdict(k, risk, is_population=False) if test.num_seen(k) else 0 for k in ks]
+    enough = next((i for i, verdict in enumerate(outlook) if verdict > 0), len(ks))
+    too_small = {i for i in range(enough) if outlook[i] < 0}
+    if monotone and not conflict:
+        too_small.update(range(max(too_small, default=0)))
+    low = next((i for i in range(len(ks)) if i not in too_small), None)
     return SearchResult(
-        k=ks[high] if high < len(ks) else None,
-        low=ks[too_few + 1] if too_few + 1 < len(ks) else None,
-        high=None if enough is None else ks[enough],
-        curve=tuple(test.to_estimate(k, (1 - confidence) / 2) for k in ks if test.num_seen(k)),
+        k=k,
+        low=None if low is None else ks[low],
+        high=ks[enough] if enough < len(ks) else None,
+        curve=curve,
+        monotone=monotone,
+        conflict=conflict,
         used=test.used,
         full=len(ks) * test.prompts,
         rounds=rounds,
@@ -138,124 +157,116 @@ def find_blocks(
     donor: ArrayLike,
     *,
     target: float = 0.9,
+    confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Block]:
     """Choose blocks greedily until they reach the target effect together; return all if they do not.
 
     Each step adds the block that gains most. The better half of its candidates is sampled on twice as many prompts.
+    One random half of the prompts chooses the blocks and ends the search; the other half measures the effects, because
+    the chosen block's effect on the prompts that chose it is too high.
 
     Args:
         measure: Returns the scores of (names of the patched blocks, prompt) pairs.
         names: Names of the blocks.
         recipient: See find_smallest_window; so are donor, target and seed.
+        donor: See find_smallest_window.
+        target: Effect to reach, in (0, 1].
+        confidence: Level of the intervals.
+        seed: Seed of the halves and of the order of prompts.
+
+    Raises:
+        SnpatchError: An argument is invalid, or the two models' scores do not differ clearly.
     """
     if not names or len(set(names)) < len(names):
         raise SnpatchError(f"minimal: blocks: expected a different name for each, got {list(names)}")
-    test, chosen = _SequentialTest(measure, recipient, donor, target, seed), []
-    while len(chosen) < len(names) and (not chosen or chosen[-1].effect < target):
-        before, used_before = tuple(block.name for block in chosen), test.used
+    recipient, donor = _check_scores(recipient, donor)
+    if len(recipient) < MIN_BLOCK_PROMPTS:
+        raise SnpatchError(f"minimal: blocks: expected at least {MIN_BLOCK_PROMPTS} prompts, got {len(recipient)}")
+    choosing, measuring = np.array_split(np.random.default_rng(seed).permutation(len(recipient)), 2)
+    test = SequentialTest(measure, recipient, donor, target, choosing)
+    report = SequentialTest(measure, recipient, donor, target, measuring)
+    steps: list[tuple[tuple[str, ...], int]] = []  # names of the chosen blocks, and completions used to choose the last
+    while len(steps) < len(names) and (not steps or not test.reaches_target(steps[-1][0])):
+        before, used_before = steps[-1][0] if steps else (), test.used
         candidates = [(*before, name) for name in names if name not in before]
         while True:
             test.sample(candidates)
             if len(candidates) == 1:
                 break
             candidates = sorted(candidates, key=test.mean, reverse=True)[: -(-len(candidates) // 2)]
-        (best,) = candidates
-        while test.num_seen(best) < test.prompts:
-            test.sample(candidates)
-        chosen.append(Block(best[-1], test.to_estimate(best, 0.025).effect, test.used - used_before))
-    return chosen
+        test.sample_all(candidates)
+        steps.append((candidates[0], test.used - used_before))
+    report.sample_all([chosen for chosen, _ in steps])
+    effects = [
+        causal_effect(report.scores(chosen), recipient[measuring], donor[measuring], confidence=confidence)
+        for chosen, _ in steps
+    ]
+    return [
+        Block(chosen[-1], effect, used + len(measuring)) for (chosen, used), effect in zip(steps, effects, strict=True)
+    ]
 
 
-class _SequentialTest:
-    """Scores measured so far: for each window (or set of blocks) the first prompts of one random order."""
-
-    def __init__(self, measure: Measure, recipient: ArrayLike, donor: ArrayLike, target: float, seed: int) -> None:
-        recipient, donor = (np.asarray(scores, dtype=float) for scores in (recipient, donor))
-        if recipient.shape != donor.shape or recipient.ndim != 1 or not len(recipient):
-            raise SnpatchError(
-                f"minimal: expected a score of both models for each prompt, got {list(recipient.shape)} and "
-                f"{list(donor.shape)}"
-            )
-        if not 0 < target <= 1:
-            raise SnpatchError(f"minimal: target effect: expected a value in (0, 1], got {target}")
-        gap = donor.mean() - recipient.mean()
-        if not math.isfinite(gap) or gap == 0:
-            raise SnpatchError("minimal: the two models' mean scores are the same: there is nothing to recover")
-        self.prompts, self.used, self.target, self.gap = len(recipient), 0, target, abs(gap)
-        self._sign, self._target_scores = math.copysign(1, gap), recipient + target * (donor - recipient)
-        scores = self._sign * np.concatenate([recipient, donor])
-        target_scores, margin = self._sign * self._target_scores, RANGE_MARGIN * np.ptp(scores)
-        self._range = scores.min() - margin - target_scores.max(), scores.max() + margin - target_scores.min()
-        self._order = np.random.default_rng(seed).permutation(self.prompts)
-        self._measure = measure
-        self._surpluses: dict[Hashable, list[float]] = {}  # scores past the target, in the order of prompts
-        self._sample_sizes = [min(FIRST_SAMPLE_SIZE, self.prompts)]
-        while self._sample_sizes[-1] < self.prompts:
-            self._sample_sizes.append(min(2 * self._sample_sizes[-1], self.prompts))
-
-    def num_seen(self, key: Hashable) -> int:
-        """Return the number of prompts with a score."""
-        return len(self._surpluses.get(key, ()))
-
-    def sample(self, keys: Sequence[Hashable]) -> None:
-        """Measure each key on its next sample of prompts."""
-        pairs = []
-        for key in keys:
-            n = next((size for size in self._sample_sizes if size > self.num_seen(key)), self.prompts)
-            pairs += [(key, int(prompt)) for prompt in self._order[self.num_seen(key) : n]]
-        scores = [float(score) for score in self._measure(pairs)] if pairs else []
-        if len(scores) != len(pairs) or not all(map(math.isfinite, scores)):
-            raise SnpatchError(f"minimal: expected {len(pairs)} finite scores, got {len(scores)}")
-        self.used += len(pairs)
-        for (key, prompt), score in zip(pairs, scores, strict=True):
-            self._surpluses.setdefault(key, []).append(self._sign * (score - self._target_scores.item(prompt)))
-
-    def mean(self, key: Hashable) -> float:
-        """Return the mean score past the target."""
-        return float(np.mean(self._surpluses[key]))
-
-    def verdict(self, key: Hashable, risk: float, is_population: bool = True) -> int:
-        """Return 1 if the key reaches the target, -1 if it does not, 0 if that is undecided.
-
-        Args:
-            key: What is patched.
-            risk: Probability of a wrong 1 or -1.
-            is_population: Decide for these prompts; otherwise for infinitely many prompts like these.
-        """
-        if is_population and self.num_seen(key) == self.prompts:
-            return 1 if self.mean(key) >= -1e-12 * self.gap else -1
-        low, high = self._range
-        values = (np.clip(self._surpluses[key], low, high) - low) / (high - low)
-        middle, population = -low / (high - low), self.prompts if is_population else None
-        if _log_wealth(values, middle, population) >= -math.log(risk):
-            return 1
-        return -1 if _log_wealth(1 - values, 1 - middle, population) >= -math.log(risk) else 0
-
-    def to_estimate(self, key, tail: float) -> WindowEstimate:
-        """Return the effect with its t-interval for all prompts. It is for display and decides nothing."""
-        effect = self.target + self.mean(key) / self.gap
-        half = half_width(self._surpluses[key], tail, self.prompts) / self.gap
-        return WindowEstimate(key, self.num_seen(key), effect, effect - half, effect + half)
+def _check_scores(recipient: ArrayLike, donor: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return both models' scores; raise unless their gap is established."""
+    recipient, donor = (np.asarray(scores, dtype=float) for scores in (recipient, donor))
+    if recipient.shape != donor.shape or recipient.ndim != 1 or not len(recipient):
+        raise SnpatchError(
+            f"minimal: expected a score of both models for each prompt, got {list(recipient.shape)} and "
+            f"{list(donor.shape)}"
+        )
+    t = _compute_paired_t(recipient, donor)
+    if not abs(t) >= MIN_GAP_T:
+        raise SnpatchError(
+            f"minimal: the gap between the two models: expected a paired t of at least {MIN_GAP_T:g} in size, got "
+            f"{t:.2f} over {len(recipient)} prompts. Give more prompts, or a pair that differs more."
+        )
+    return recipient, donor
 
 
-def _log_wealth(values: np.ndarray, mean: float, population: int | None) -> float:
-    """Return the logarithm of the largest wealth, from 1, of bets that the mean is above `mean`.
+def _compute_paired_t(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the paired t of y - x.
 
-    If the mean of all values is at most `mean`, the wealth reaches 1 / risk with a probability of at most `risk`.
-
-    Args:
-        values: Values [n] in [0, 1], the first of the population in a random order.
-        mean: The mean that is bet against.
-        population: Number of all values; None: infinite.
+    It is 0 if no score differs, and NaN for one prompt or for scores that are not finite.
     """
-    n = len(values)
-    if population is None:
-        expected = np.full(n, mean)
-    else:  # mean of the values that are not seen yet
-        expected = (population * mean - np.cumsum(values) + values) / (population - np.arange(n))
-    if (expected <= 0).any():
-        return math.inf
-    bets = np.where(expected < 1, BET_FRACTIONS / np.minimum(expected, 1), 0.0)
-    log_wealth = np.cumsum(np.log1p(bets * (values - expected)), axis=1)
-    return float((np.logaddexp.reduce(log_wealth, axis=0) - math.log(len(BET_FRACTIONS))).max())
+    differences = y - x
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return math.nan
+    mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
+    if error == 0:
+        return 0.0 if mean == 0 else math.copysign(math.inf, mean)
+    return float(mean / error)
+
+
+def _choose_windows(
+    test: SequentialTest, ks: Sequence[int], verdicts: Sequence[int], answer: int, monotone: bool
+) -> list[int]:
+    """Return the indices of the windows to sample next; none if all windows below the answer are decided."""
+    undecided = [i for i in range(answer) if verdicts[i] == 0]
+    if monotone:  # windows below one that is too small are, too, unless their own estimate contradicts
+        too_small = max((i for i in range(answer) if verdicts[i] < 0), default=-1)
+        undecided = [i for i in undecided if i > too_small or (test.num_seen(ks[i]) and test.reaches_target(ks[i]))]
+    if started := [i for i in undecided if test.num_seen(ks[i])]:
+        return started
+    if not monotone and answer < len(ks):
+        return undecided
+    places = [(len(undecided) + 1) * (j + 1) // (WINDOWS_PER_ROUND + 1) - 1 for j in range(WINDOWS_PER_ROUND)]
+    return [undecided[place] for place in dict.fromkeys(places) if 0 <= place < len(undecided)]
+
+
+def _find_conflict(test: SequentialTest, curve: Sequence[WindowEstimate], k: int | None) -> tuple[int, ...]:
+    """Return the sampled windows that contradict an effect that rises with k."""
+    conflict = []
+    for i, estimate in enumerate(curve):
+        is_smaller = k is None or estimate.k < k
+        is_contrary = estimate.effect >= test.target if is_smaller else estimate.suffices is False
+        if is_contrary or any(_is_fall(test, smaller.k, estimate.k) for smaller in curve[:i]):
+            conflict.append(estimate.k)
+    return tuple(conflict)
+
+
+def _is_fall(test: SequentialTest, smaller: int, larger: int) -> bool:
+    """Return whether the effect is clearly lower at the larger window, on the prompts that both have seen."""
+    n = min(test.num_seen(smaller), test.num_seen(larger))
+    before, after = test.surpluses(smaller)[:n], test.surpluses(larger)[:n]
+    return (before.mean() - after.mean()) / test.gap >= MIN_FALL and _compute_paired_t(after, before) >= MIN_FALL_T

@@ -45,7 +45,10 @@ from snpatch.utils.files import write_text
 from snpatch.utils.schema import check_keys, coerce, from_dict, load_table
 
 SPEC_FILE = "spec.json"  # in a sweep's output folder
-TOP_LEVEL_KEYS = ("config", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", *ENGINE_KEYS)
+TOP_LEVEL_KEYS = (
+    "config", "rankings", "sweep", "sampling", "sets", "judges", "contrast_tokens", "seen_sets", "exclude_seen",
+    *ENGINE_KEYS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,21 @@ class SweepSpec(EvalConfig):
         self.check_models(models)
         for name in self.set_names:
             self.check_set(name, "sets")
+        for name in self.seen_sets:
+            self.check_set(name, "seen_sets")
         for name in self.judge_names:
             if name not in self.judges:
                 raise unknown_name("judges: judge", name, self.judges)
+
+    @property
+    def contrast_sets(self) -> tuple[str, ...]:
+        """Names of the prompt sets that contrasts read."""
+        return tuple(source.prompts for source in self.rankings.values() if isinstance(source, RankingSource))
+
+    @property
+    def evaluation_sets(self) -> tuple[str, ...]:
+        """Names of the prompt sets that completions are generated for."""
+        return self.set_names
 
     @classmethod
     def load(cls, path: str | Path, trust: bool = False) -> Self:
@@ -136,6 +151,8 @@ class SweepSpec(EvalConfig):
         default = {"max_tokens": parts.get("max_tokens", Sampling().max_tokens)}
         sampling = from_dict(Sampling, "sampling", {**default, **get_table(data, "sampling")})
         rankings = get_table(data, "rankings")
+        seen_sets = data.get("seen_sets", parts.get("seen_sets", ()))
+        exclude_seen = data.get("exclude_seen", parts.get("exclude_seen", False))
         return cls(
             folder=folder,
             engine=parts["engine"],
@@ -143,6 +160,8 @@ class SweepSpec(EvalConfig):
             judges=parts["judges"],
             max_tokens=sampling.max_tokens,
             contrast_tokens=coerce(contrast_tokens, int, "contrast_tokens"),
+            seen_sets=coerce(seen_sets, tuple[str, ...], "seen_sets"),
+            exclude_seen=coerce(exclude_seen, bool, "exclude_seen"),
             rankings={name: _parse_ranking(name, source, folder) for name, source in rankings.items()},
             sweep=_parse_grid(grid, sampling),
             set_names=names["sets"],
@@ -157,6 +176,8 @@ class SweepSpec(EvalConfig):
             "sets": {name: _set_table(prompt_set) for name, prompt_set in self.sets.items()},
             "judges": self.judges,
             "contrast_tokens": self.contrast_tokens,
+            "seen_sets": self.seen_sets,
+            "exclude_seen": self.exclude_seen,
             "rankings": {
                 n: source if isinstance(source, str) else asdict(source) for n, source in self.rankings.items()
             },
@@ -199,6 +220,8 @@ def _parts_of_config(data: Mapping, folder: Path) -> dict:
         "judges": {name: _resolve_judge(arguments, config.folder) for name, arguments in config.judges.items()},
         "max_tokens": config.max_tokens,
         "contrast_tokens": config.contrast_tokens,
+        "seen_sets": config.seen_sets,
+        "exclude_seen": config.exclude_seen,
     }
 
 

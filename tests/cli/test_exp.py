@@ -290,19 +290,33 @@ def test_report_command_writes_page_of_a_sweep_folder(capsys, prompts, ranking, 
     assert run(capsys, "report", out)[0] == 0, "of a sweep that is not finished"
 
 
-def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking, tmp_path):
+LIKE_DONOR = """
+def share(prompts, completions):
+    words = [[text.split() for text in texts] for texts in (completions, DONOR)]
+    return [max(sum(a == b for a, b in zip(own, donor)) for donor in words[1]) / 4 for own in words[0]]
+"""
+
+
+def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking, tmp_path, monkeypatch):
     """The search samples all prompts of windows near the result; a later sweep reuses the completions."""
+    texts = tmp_path / "dpo.jsonl"
+    code, _, err = run(capsys, "generate", MODEL, prompts, *PAIR, "--recipient", "dpo", "--max-tokens", 4, "-o", texts)
+    assert code == 0, err
+    donor_texts = [json.loads(line)["completion"] for line in texts.read_text().splitlines()]
+    (tmp_path / "like_donor.py").write_text(f"DONOR = {donor_texts!r}\n{LIKE_DONOR}")
+    monkeypatch.syspath_prepend(tmp_path)
     common = [MODEL, prompts, *PAIR, "--ranking", f"safety={ranking}", "--donor", "dpo", "--recipient", "base",
-              "--judge",
-              "some_judge:by_letters", "--max-tokens", 4, "-k", "0,50,100,200,300,500,800,1100,1408"]  # fmt: skip
+              "--judge", "like_donor:share", "--max-tokens", 4, "-k", "0,50,100,200,300,500,800,1100,1408"]  # fmt: skip
     out = tmp_path / "out"
     code, out_text, err = run(
         capsys, "find-minimal", *common, "-o", out, "--target-effect", 0.5, "--blocks", 2, "--json"
     )
     assert code == 0, err
     rows = json.loads(out_text)["tables"]["minimal"]
-    (smallest,) = [row["k"] for row in rows if row["is_smallest"]]
-    assert "is the smallest k on the grid" in json.loads(out_text)["headline"][0]
+    (smallest,) = [row["k"] for row in rows if row["is_answer"]]
+    assert ("is the smallest k on the grid" in json.loads(out_text)["headline"][0]) != any(
+        row["conflict"] for row in rows
+    )
     assert {row["block"] for row in json.loads(out_text)["tables"]["minimal-blocks"]} <= {"layers 0-1", "layers 2-3"}
     code, out_text, err = run(capsys, "sweep", *common, "--controls", 0, "-o", out, "--json")
     assert code == 0, err
@@ -316,6 +330,13 @@ def test_find_minimal_finds_the_k_of_the_complete_grid(capsys, prompts, ranking,
     for row in rows:
         if row["prompts"] == 12:
             assert row["effect"] == pytest.approx(effects[row["k"]])
+    options = ["--no-monotone", "--score-range", 0, 1, "--target-effect", 0.5]
+    code, out_text, err = run(capsys, "find-minimal", *common, *options, "-o", out, "--json")
+    assert code == 0, err
+    rows = json.loads(out_text)["tables"]["minimal"]
+    (sure,) = [row["k"] for row in rows if row["is_answer"]]
+    assert sure == min(k for k, effect in effects.items() if effect >= 0.5)
+    assert {row["k"] for row in rows} >= {k for k in effects if k < sure}, "each smaller k is measured"
     code, _, err = run(capsys, "find-minimal", *common, "--strengths", "1,2", "-o", out)
     assert (code, "one donor, one strength and one sample" in err) == (2, True)
 

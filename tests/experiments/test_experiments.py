@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from snpatch import Ranking, SnpatchError, experiments
 from snpatch.data import DATASETS
+from snpatch.data.prompt_set import PromptSet
 from snpatch.demo import DEMO_MODEL
 from snpatch.experiments.alignment_tax import intersect_top
 from snpatch.experiments.common import agreement
@@ -250,6 +253,75 @@ def test_table_file_contains_its_provenance(tmp_path, zoo):
     assert {path.suffix for path in paths} == {".csv", ".json", ".jsonl", ".png", ".svg"}
     ks = {row["rank_hi"] for row in data["rows"] if row["ranking"]}
     assert ks == {0, round(0.25 * 2 * tiny.NEURONS), 7}
+
+
+def split_sets(text: str) -> str:
+    """Give contrast, benchmark and further seen prompts a set of their own."""
+    text = text.replace('prompts = "p"', 'prompts = "c"')
+    text = text.replace("[sets]", '[sets]\nc = { source = "c.jsonl" }\ns = { source = "s.jsonl" }')
+    return 'seen_sets = ["s"]\n' + text
+
+
+def test_overlap_with_seen_prompts_is_noted_and_left_out_by_setting(tmp_path, zoo):
+    path = config_file(tmp_path, zoo("llama"), split_sets)
+    prompts = [*tiny.PROMPTS, tiny.PROMPTS[0]]
+    n = len(prompts)
+    for name, texts in (
+        ("p", prompts),
+        ("c", ["x y", tiny.PROMPTS[0].upper() + "!", "z"]),
+        ("s", [tiny.PROMPTS[1]]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    with ExperimentContext(load_experiment_config(path), tmp_path / "out", backend="transformers") as context:
+        report = experiments.run("curve", context, {"k": [0]})
+    seen = {"c": {"exact": 2, "near": 0}, "s": {"exact": 1, "near": 0}}
+    expected = {"prompts": n, "repeats": 1, "seen": seen, "unread": {}, "excluded": 0}
+    assert report.provenance["overlaps"] == {"p": expected}
+    assert f"2 of {n} prompts of p are also in c (2 word for word, 0 nearly)." in report.notes
+    assert any(note.startswith(f"1 of {n} prompts of p repeat an earlier one") for note in report.notes)
+    path.write_text("exclude_seen = true\n" + path.read_text())
+    with ExperimentContext(load_experiment_config(path), tmp_path / "out", backend="transformers") as context:
+        report = experiments.run("curve", context, {"k": [0]})
+        assert [chat[0]["content"] for chat in context.prompts("p")] == list(tiny.PROMPTS[2:])
+        assert len(context.prompts("c")) == 3
+    assert report.provenance["overlaps"]["p"]["excluded"] == 3
+    assert report.provenance["sets"]["p"]["selection"] == ["without 3 left out (also in seen prompts)"]
+    assert {row["prompts"] for row in report.tables["curve"]} == {n - 3}
+    assert (
+        f"1 of {n} prompts of p were left out because they are also in s (1 word for word, 0 nearly)." in report.notes
+    )
+    (tmp_path / "s.jsonl").write_text((tmp_path / "p.jsonl").read_text())
+    with (
+        ExperimentContext(load_experiment_config(path), tmp_path / "out", backend="transformers") as context,
+        pytest.raises(SnpatchError, match=rf"expected prompts, got none: all {n} are left out"),
+    ):
+        context.prompts("p")
+    path.write_text(path.read_text().replace('seen_sets = ["s"]', 'seen_sets = ["q"]'))
+    with pytest.raises(SnpatchError, match=r"seen_sets: prompt set: expected .*, got 'q'"):
+        load_experiment_config(path)
+
+
+def test_overlap_reads_the_training_data_that_a_record_names(tmp_path, zoo):
+    model = zoo("llama")
+    folders = {name: tmp_path / name for name in ("trained", "lost", "old")}
+    for folder in folders.values():
+        shutil.copytree(model.adapters["sft"][0], folder)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": tiny.PROMPTS[2], "response": "x"}) + "\n")
+    for name, source in (("trained", "rows.jsonl"), ("lost", "gone.jsonl")):
+        record = {"provenance": {"source": {"prompt_set": asdict(PromptSet(str(tmp_path / source)))}}}
+        (folders[name] / "training.json").write_text(json.dumps(record))
+    (folders["old"] / "training.json").write_text(json.dumps({"provenance": {"source": {}}}))
+    adapters = "\n".join(f'{name} = ["{folder}"]' for name, folder in folders.items())
+    path = config_file(tmp_path, model, lambda t: split_sets(t).replace("[contrasts]", f"{adapters}\n[contrasts]"))
+    for name in ("c", "s"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "other"}) + "\n")
+    with ExperimentContext(load_experiment_config(path), tmp_path / "out", backend="transformers") as context:
+        context.prompts("p")
+        (overlap,) = context._overlaps.values()
+    assert overlap.indices == overlap.overlaps["the training data of trained"].exact == (2,)
+    assert overlap.unread.keys() == {"the training data of lost", "the training data of old"}
+    assert "names no training data" in overlap.unread["the training data of old"]
+    assert any(note.startswith("overlap of p with the training data of lost is unknown: ") for note in overlap.notes)
 
 
 ORDER = {

@@ -13,7 +13,7 @@ FIGURES = {
     "mean_low": None, "mean_high": None, "effect": None, "effect_low": None, "effect_high": None, "net_effect": None,
     "net_effect_low": None, "net_effect_high": None, "p_vs_unpatched": None, "p_vs_random": None,
 }  # fmt: skip
-UNPATCHED = Row("cost", "attacks", "sft", None, None, None, 0, 0, None, 0.0, 200, 0, 0, 0, mean=7.0, **FIGURES)
+UNPATCHED = Row("cost", "attacks", "sft", None, None, None, None, 0, 0, None, 0.0, 200, 0, 0, 0, mean=7.0, **FIGURES)
 GAP = {"gap": -10.0, "gap_low": -11.0, "gap_high": -9.0, "gap_t": -19.6}
 
 

@@ -13,6 +13,7 @@ from snpatch.errors import SnpatchError
 from snpatch.judges.factory import open_judge
 from snpatch.judges.protocol import BrokenJudgeError, score_all
 from snpatch.judges.refusal import REFUSAL_PHRASES, RefusalWords
+from snpatch.judges.run_on import cut_run_on
 from snpatch.judges.score_format import ScoreFormat
 
 
@@ -53,7 +54,7 @@ def test_tulu_format_strips_special_tokens_and_second_user_turn(tmp_path):
     tensors = write(tmp_path)
     judge = open_score_model(tmp_path, format="tulu")
     assert judge.text("a b", "c d</s><pad>") == "<|user|>\na b\n<|assistant|>\nc d"
-    scores = judge(["a b", "d d"], ["c d</s>", "a <|user|> b"])
+    scores = score_all({"cost": judge}, ["a b", "d d"], ["c d</s>", "a <|user|> b"])["cost"]
     texts = ["<|user|> a b <|assistant|> c d", "<|user|> d d <|assistant|> a"]
     assert scores == pytest.approx([by_hand(tensors, text) for text in texts], abs=1e-4)
 
@@ -324,6 +325,45 @@ def test_open_judge_with_misspelled_name_suggests_refusal_without_network(tmp_pa
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(SnpatchError, match=r"judge refusals: no such folder. Did you mean refusal\? For the hub"):
         open_judge("refusals")
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("No.\n<|user|>\nAnd how?\n<|assistant|>\nLike this", "No.\n"),
+        ("No.<|im_end|>\n<|im_start|>user\nAnd?", "No.<|im_end|>\n"),
+        ("No. <|start_header_id|>user<|end_header_id|> And?", "No. "),
+        ("No.<end_of_turn>\n<start_of_turn>user\nAnd?", "No.<end_of_turn>\n"),
+        ("No. [INST] And? [/INST] Like this", "No. "),
+        ("No.\n\nHuman: And how?\n\nAssistant: Like this", "No."),
+        ("No.\nUSER: And how? ASSISTANT: Like this", "No."),
+        ("No. USER: And how? ASSISTANT:Like this USER: x ASSISTANT: y", "No."),
+        ("No.\n### Instruction:\nGo on", "No."),
+        ("Human: And?", ""),
+        ("", ""),
+        ("A dialogue:\nHuman: hi\nRobot: no. User: x", None),
+        ("Set USER: root and HOST: x", None),
+        ("The word <|assistant|> and user", None),
+    ],
+)
+def test_run_on_is_cut_at_the_next_user_turn(completion, answer):
+    assert cut_run_on(completion) == (completion if answer is None else answer)
+
+
+def test_score_all_cuts_run_ons_for_every_kind_of_judge(tmp_path):
+    write(tmp_path)
+    run_on = "a b <|user|> c\n<|assistant|> i cannot"
+    with (
+        open_score_model(tmp_path) as beaver,
+        open_score_model(tmp_path, format="tulu") as tulu,
+        open_score_model(tmp_path, format="pair") as pair,
+        open_score_model(tmp_path, format="USER: {prompt} ASSISTANT: {completion}") as text,
+    ):
+        judges = {"beaver": beaver, "tulu": tulu, "pair": pair, "text": text, "words": RefusalWords(), "fn": shout}
+        cut, whole = (score_all(judges, ["c"], [completion]) for completion in ("a b ", run_on))
+    assert cut == whole
+    assert whole["words"] == [1.0], "the refusal is in the invented turn"
+    assert whole["fn"] == shout(["c"], ["a b "])
 
 
 def test_score_all_checks_every_score():

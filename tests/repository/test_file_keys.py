@@ -52,7 +52,7 @@ SIZES = {f.name: 9 for f in fields(Capacity)} | {"streams": 1, "scales_kv": True
 MODELS = {"checkpoint": "w2", "lora": ["l2"], "adapters": ["a2"]}
 PROMPTS = {
     "source": "other.jsonl", "format": "harmbench", "split": "test", "column": "text", "revision": "main",
-    "filter": ["kind", "bad"], "first": 3, "sample": 2, "seed": 5,
+    "filter": ["kind", "bad"], "first": 3, "sample": 2, "seed": 5, "distinct": True,
 }  # fmt: skip
 SAMPLING = {
     "temperature": 1.0, "top_p": 0.5, "top_k": 5, "max_tokens": 9, "min_tokens": 1, "stop": ["x"], "ignore_eos": True,
@@ -77,6 +77,8 @@ SWEEP_FILE = {
 SWEEP_KEYS = {
     **{(key,): value for key, value in TOP.items()},
     ("contrast_tokens",): 7,
+    ("seen_sets",): ["more"],
+    ("exclude_seen",): True,
     ("adapters", "sft"): ["b"],
     ("vllm", "max_model_len"): 9,
     ("judges", "cost", "source"): "other",
@@ -131,6 +133,8 @@ def load_sweep_content(table: dict, folder: Path) -> tuple:
         spec.set_names,
         spec.judge_names,
         spec.contrast_tokens,
+        spec.seen_sets,
+        spec.exclude_seen,
     )
 
 
@@ -147,7 +151,15 @@ def test_sweep_file_example_covers_its_schema():
     keys |= under(("sweep",), {*names(SweepConfig, "sampling"), "sets", "judges"})
     keys |= under(("models", "dpo"), names(ModelSource)) | under(("sets", "few"), names(PromptSet))
     keys |= under(("rankings", "fresh"), names(RankingSource))
-    keys |= {("model",), ("template",), ("contrast_tokens",), ("adapters", "sft"), ("vllm", "max_model_len")}
+    keys |= {
+        ("model",),
+        ("template",),
+        ("contrast_tokens",),
+        ("seen_sets",),
+        ("exclude_seen",),
+        ("adapters", "sft"),
+        ("vllm", "max_model_len"),
+    }
     keys |= {("judges", "cost", "source"), ("judges", "cost", "format")}
     assert keys == SWEEP_KEYS.keys()
     top = {path[0] for path in EXPERIMENT_KEYS}
