@@ -4,7 +4,7 @@ Why controls: with a large k random neurons come close to the safety neurons, so
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from snpatch.utils import schema
 
 BAG_OF_WORDS = "bag of words"
 BASELINES = ("words", "residual")
+WORDS_STRENGTHS = (0.1, 1.0, 10.0, 100.0)  # of the bag of words; with 1 alone it is a weak baseline on few prompts
+WORDS_MAX_ITER = 10_000
 CONTROL_SEEDS = 5  # as published
 
 
@@ -39,8 +41,9 @@ class ComparisonConfig:
         protocol: One of PROTOCOLS: "pairwise" tests on each other set, "merged" on the other sets as one.
         controls: Random controls of each kind, with seeds 0, 1, ...
         control_kinds: Kinds of random controls, see Ranking.random_control.
-        baselines: Classifiers that read no neurons, with the same settings. "words" reads a bag of words of the
-            prompt, "residual" the residual stream of the last layer at the last token, and its mean over the prompt.
+        baselines: Classifiers that read no neurons. "words" reads a bag of words of the prompt, with a C that
+            cross-validation chooses if the classes have enough prompts. "residual" reads the residual stream of the
+            last layer at the last token, and its mean over the prompt, with the guard's settings.
         resamples: Bootstrap resamples of each interval.
         confidence: Confidence level of the intervals.
     """
@@ -134,6 +137,7 @@ class _Reading:
     seed: int | None
     k: int | None
     features: Mapping[str, np.ndarray | list[str]]
+    guard: GuardConfig
 
 
 def compare_guards(
@@ -208,15 +212,18 @@ def _read_all(
         captured = by_set(engine.capture(token_ids, model, order.ranking, order.ks[-1]).numpy())
         for k in order.ks:
             features = {name: values[:, :k] for name, values in captured.items()}
-            yield _Reading(order.name, order.control, order.seed, k, features)
+            yield _Reading(order.name, order.control, order.seed, k, features, config.guard)
         if progress:
             progress(done, total)
     if "words" in config.baselines:
         texts = {name: [get_prompt_text(prompt) for prompt in labeled.prompts] for name, labeled in sets.items()}
-        yield _Reading(BAG_OF_WORDS, None, None, None, texts)
+        words_config = replace(config.guard, C=WORDS_STRENGTHS, max_iter=WORDS_MAX_ITER)
+        if not all(fitting.is_trainable(labeled.labels, words_config) for labeled in sets.values()):
+            words_config = config.guard
+        yield _Reading(BAG_OF_WORDS, None, None, None, texts, words_config)
     if "residual" in config.baselines:
         for name, values in capture_residuals(engine, token_ids, model).items():
-            yield _Reading(name, None, None, None, by_set(values))
+            yield _Reading(name, None, None, None, by_set(values), config.guard)
     if progress:
         progress(total, total)
 
@@ -236,19 +243,19 @@ def _fit_and_test(
     is_ranking = reading.control is None and reading.k is not None
     for source in train:
         x, labels = reading.features[source], sets[source].labels
-        pipeline = fitting.fit_classifier(x, labels, config.guard)
+        pipeline = fitting.fit_classifier(x, labels, reading.guard)
         own_splits = [split for split in splits if split.train == source]
         tested: list[tuple[str, np.ndarray, np.ndarray]] = []  # set, probabilities, labels
         for split in own_splits:
             if split.test == source:
-                p = fitting.predict_out_of_fold(x, labels, config.guard)
+                p = fitting.predict_out_of_fold(x, labels, reading.guard)
             else:
                 parts = [_select(reading.features[name], indices) for name, indices in split.parts.items()]
                 p = np.concatenate([pipeline.predict_proba(part)[:, 1] for part in parts])
             probabilities.append(p)
             tested.append((split.test, p, split.labels))
         if is_ranking and all(split.test != source for split in own_splits):
-            tested.insert(0, (source, fitting.predict_out_of_fold(x, labels, config.guard), labels))
+            tested.insert(0, (source, fitting.predict_out_of_fold(x, labels, reading.guard), labels))
         for target, p, target_labels in tested:
             scores = evaluate(
                 p,

@@ -7,6 +7,7 @@ samples, and a difference that ignores either claims too much. The fitted guards
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +139,7 @@ def summarize(
             percentile_interval(own - others, confidence)
             for own, others in zip(means[reader], means[other], strict=True)
         )
+        columns: dict[str, Any] = {**accuracy.columns("accuracy_difference"), **auc.columns("auc_difference")}
         num_seeds = len(indices[other]) if control else None
         at_least = (draws[0, indices[other], 0] >= draws[0, indices[reader], 0] - 1e-12).sum()
         return GuardDifference(
@@ -146,23 +148,19 @@ def summarize(
             f"random {control}" if control else name,
             num_seeds,
             int(at_least) if control else None,
-            **accuracy.columns("accuracy_difference"),
-            **auc.columns("auc_difference"),
+            **columns,
         )
 
     def is_reference(other, reader) -> bool:
         (features, _, k), (name, control, other_k) = reader, other
         return other_k is None or (control is not None and (name, other_k) == (features, k))
 
-    rows = [
-        GuardMeans(
-            *reader,
-            len(indices[reader]) if reader[1] else None,
-            **percentile_interval(accuracy, confidence).columns("accuracy"),
-            **percentile_interval(auc, confidence).columns("auc"),
-        )
-        for reader, (accuracy, auc) in means.items()
-    ]
+    rows = []
+    for reader, scores in means.items():
+        columns: dict[str, Any] = {}
+        for name, values in zip(("accuracy", "auc"), scores, strict=True):
+            columns |= percentile_interval(values, confidence).columns(name)
+        rows.append(GuardMeans(*reader, len(indices[reader]) if reader[1] else None, **columns))
     rankings = [reader for reader in means if reader[1] is None and reader[2] is not None]
     differences = [difference(reader, other) for reader in rankings for other in means if is_reference(other, reader)]
     return rows, differences

@@ -46,11 +46,16 @@ def validate_labels(labels: ArrayLike, n: int | None = None) -> np.ndarray:
     return y.astype(bool)
 
 
-def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
-    """Raise if a class has too few prompts for the folds. Choosing C inside a fold needs two per fold."""
-    needed = config.folds * min(len(config.strengths), 2)
+def is_trainable(labels: np.ndarray, config: GuardConfig) -> bool:
+    """Return whether each class has enough prompts: one per fold, or two if C is chosen."""
     harmful = int(labels.sum())
-    if min(harmful, len(labels) - harmful) < needed:
+    return min(harmful, len(labels) - harmful) >= _count_needed(config)
+
+
+def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
+    """Raise if a class has too few prompts, see `is_trainable`."""
+    harmful, needed = int(labels.sum()), _count_needed(config)
+    if not is_trainable(labels, config):
         raise SnpatchError(
             f"{name}: of {len(labels)} prompts {harmful} are harmful; a guard needs at least {needed} harmful and "
             f"{needed} harmless ones (folds={config.folds}). Give more prompts or another harm threshold."
@@ -79,11 +84,15 @@ def predict_out_of_fold(features: ArrayLike | Sequence[str], labels: ArrayLike, 
         return np.asarray(cross_val_predict(estimator, x, y, cv=_build_folds(config), method="predict_proba"))[:, 1]
 
 
+def _count_needed(config: GuardConfig) -> int:
+    return config.folds * min(len(config.strengths), 2)
+
+
 def _validate(
     features: ArrayLike | Sequence[str], labels: ArrayLike, config: GuardConfig
 ) -> tuple[np.ndarray | list[str], np.ndarray]:
     is_text = isinstance(features, list) and features and isinstance(features[0], str)
-    x = list(map(str, features)) if is_text else validate_features(cast(ArrayLike, features))
+    x = cast(list[str], features) if is_text else validate_features(cast(ArrayLike, features))
     y = validate_labels(labels, len(x))
     check_trainable(y, config, "guard")
     return x, y

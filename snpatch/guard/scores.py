@@ -1,6 +1,7 @@
 """Scores of a guard: accuracy, AUC and calibration of its probabilities, with bootstrap intervals over prompts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -85,7 +86,7 @@ def evaluate(
     names = "accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"
     draws = resample(lambda weights: _score(p, y, threshold, weights), [len(y)], resamples)
     intervals = (percentile_interval(row, confidence).columns(name) for name, row in zip(names, draws, strict=True))
-    scores = {name: value for columns in intervals for name, value in columns.items()}
+    scores: dict[str, Any] = {name: value for columns in intervals for name, value in columns.items()}
     return GuardScores(len(y), int(y.sum()), **scores, curve=_calibration_curve(p, y))
 
 

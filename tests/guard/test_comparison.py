@@ -15,7 +15,7 @@ from snpatch import SnpatchError
 from snpatch.data import question
 from snpatch.demo import DEMO_MODEL
 from snpatch.guard import fitting
-from snpatch.guard.comparison import BAG_OF_WORDS, ComparisonConfig, compare_guards
+from snpatch.guard.comparison import BAG_OF_WORDS, WORDS_STRENGTHS, ComparisonConfig, compare_guards
 from snpatch.guard.config import GuardConfig
 from snpatch.guard.guard import Guard
 from snpatch.guard.labels import deduplicate
@@ -145,7 +145,9 @@ def test_baselines_read_words_and_the_residual_stream(demo, safety, sets):
     beavertails, redteam = sets["beavertails"], sets["redteam"]
     counts = CountVectorizer(binary=True, token_pattern=fitting.WORDS)
     x = counts.fit_transform([question(p) for p in beavertails.prompts])
-    classifier = LogisticRegression(max_iter=1000).fit(x, beavertails.labels)
+    strength = rows[BAG_OF_WORDS, "beavertails"].C
+    assert strength in WORDS_STRENGTHS
+    classifier = LogisticRegression(C=strength, max_iter=1000).fit(x, beavertails.labels)
     accuracy = classifier.score(counts.transform([question(p) for p in redteam.prompts]), redteam.labels)
     assert rows[BAG_OF_WORDS, "beavertails"].scores.accuracy == pytest.approx(accuracy)
     references = [d.reference for d in comparison.differences]
