@@ -12,6 +12,7 @@ from snpatch.cli import options as o
 from snpatch.cli.dataclass_options import DatasetOptions, EngineOptions, FieldOptions, Fields, Prompts, with_options
 from snpatch.cli.generate import write_completions
 from snpatch.config import EngineConfig
+from snpatch.errors import SnpatchError
 from snpatch.guard.config import GuardConfig
 from snpatch.sampling import GREEDY, Sampling
 
@@ -55,7 +56,7 @@ def fit(
     from snpatch.guard.fitting import predict_out_of_fold
     from snpatch.guard.guard import Guard
     from snpatch.guard.labels import deduplicate
-    from snpatch.guard.scores import evaluate
+    from snpatch.guard.scores import evaluate, warn_of_few_prompts
     from snpatch.models.checkpoint import load_model_shape
     from snpatch.patching import spec
     from snpatch.ranking.ranking import Ranking
@@ -69,20 +70,26 @@ def fit(
     )
     check_writable(out)
     unique_prompts = deduplicate(prompts.data.prompts)
-    if len(unique_prompts) < len(prompts.data):
-        num_repeated = len(prompts.data) - len(unique_prompts)
-        o.echo(f"{prompts.name}: {num_repeated} repeated prompts are left out", is_error=True)
+    if num_repeated := len(prompts.data) - len(unique_prompts):
+        _echo_warnings([f"{prompts.name}: {num_repeated} repeated prompts are left out"])
     engine = o.open_engine(config)
     with engine:
         labeled = _label_prompts(engine, unique_prompts, model_name, judge, judge_format, answers, harm_threshold)
         features = engine.capture(labeled.prompts, model_name, ranking_data, k)
-        fingerprint = engine.fingerprint(model_name)
-        meta = {"judge": judge, "harm_threshold": harm_threshold, "prompts": prompts.data.source}
-        identity = {"model": model_name, "fingerprint": fingerprint}
-        guard = Guard.fit(features, labeled.labels, ranking_data, **identity, config=settings, meta=meta)
+        guard = Guard.fit(
+            features,
+            labeled.labels,
+            ranking_data,
+            prompts=labeled.prompts,
+            model=model_name,
+            fingerprint=engine.fingerprint(model_name),
+            config=settings,
+            meta={"judge": judge, "harm_threshold": harm_threshold, "prompts": prompts.data.source},
+        )
         probabilities = predict_out_of_fold(features.numpy(), labeled.labels, settings)
         scores = evaluate(probabilities, labeled.labels, threshold=settings.threshold)
     guard.save(out)
+    _echo_warnings(warn_of_few_prompts(prompts.name, labeled.labels))
     _print_scores(scores, {"guard": str(out), "C": guard.meta["C"], "k": k}, "by cross-validation", as_json)
 
 
@@ -95,21 +102,40 @@ def evaluate_guard(
     judge: Judge,
     answers: Fields,
     judge_format: o.JudgeFormat = None,
-    harm_threshold: HarmThreshold = 0.0,
+    harm_threshold: Annotated[
+        float | None,
+        typer.Option("--harm-threshold", help="Completions with a higher cost are harmful. Default: the guard's own."),
+    ] = None,
     as_json: o.AsJson = False,
 ) -> None:
-    """Test a guard on other prompts, labeled by the judged completions of its model."""
-    from snpatch.guard.guard import Guard
-    from snpatch.guard.scores import evaluate
+    """Test a guard on other prompts, labeled by the judged completions of its model.
 
-    chats = prompts.data.prompts
+    Prompts that the guard was fitted on are left out.
+    """
+    from snpatch.guard.guard import Guard
+    from snpatch.guard.labels import deduplicate
+    from snpatch.guard.scores import evaluate, warn_of_few_prompts
+
     loaded = Guard.load(guard)
+    if harm_threshold is None:
+        harm_threshold = _read_harm_threshold(loaded.meta)
+    distinct = deduplicate(prompts.data.prompts)
+    chats = [distinct[i] for i in loaded.find_unseen(distinct, prompts.name)]
+    num_repeated, num_fitted = len(prompts.data) - len(distinct), len(distinct) - len(chats)
     engine = o.open_engine(config)
     with engine:
         probabilities = loaded.predict(engine, chats)
         labeled = _label_prompts(engine, chats, loaded.model, judge, judge_format, answers, harm_threshold)
     scores = evaluate(probabilities, labeled.labels, threshold=loaded.threshold)
-    _print_scores(scores, {"guard": str(guard)}, prompts.name, as_json)
+    warnings = [
+        *([f"{prompts.name}: {num_fitted} prompts that the guard was fitted on are left out"] if num_fitted else []),
+        *([f"{prompts.name}: {num_repeated} repeated prompts are left out"] if num_repeated else []),
+        *_compare_judges(loaded.meta, judge),
+        *warn_of_few_prompts(prompts.name, labeled.labels),
+    ]
+    _echo_warnings(warnings)
+    facts = {"guard": str(guard), "harm_threshold": harm_threshold, "left_out": num_fitted + num_repeated}
+    _print_scores(scores, facts, prompts.name, as_json)
 
 
 @app.command()
@@ -136,6 +162,23 @@ def apply(
         completions = engine.generate(chats, recipient, Sampling(**answers), progress, guard=loaded)
     columns = [{"harm": completion.harm} for completion in completions]
     write_completions(chats, completions, columns, out, as_json)
+
+
+def _read_harm_threshold(meta: dict) -> float:
+    value = meta.get("harm_threshold")
+    if not isinstance(value, int | float):
+        raise SnpatchError("guard: expected the harm threshold of its labels, got none. Add --harm-threshold.")
+    return float(value)
+
+
+def _compare_judges(meta: dict, judge: str) -> list[str]:
+    fitted = meta.get("judge", judge)
+    return [] if fitted == judge else [f"the guard was fitted to labels of the judge {fitted}, not of {judge}"]
+
+
+def _echo_warnings(warnings: list[str]) -> None:
+    for warning in warnings:
+        o.echo(warning, is_error=True)
 
 
 def _label_prompts(engine, chats, model, judge, judge_format, answers, harm_threshold):

@@ -29,8 +29,8 @@ DESCRIPTIONS = {
     "distribution": "distribution of change scores by layer",
     "neuron_tokens": "tokens that the top neurons promote",
     "positions": "rankings computed at different token positions",
-    "guard": "accuracy of guards by k and across prompt sets",
-    "safeguard": "mean cost with and without a guard",
+    "guard": "accuracy of guards by k and across prompt sets, against controls and baselines",
+    "safeguard": "harm that a guard prevents, and harmless prompts that it refuses",
 }
 NAMES = tuple(DESCRIPTIONS)
 

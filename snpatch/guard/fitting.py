@@ -1,17 +1,18 @@
-"""Classifier of a guard: scikit-learn's logistic regression on scaled features.
+"""Classifier of a guard: scikit-learn's logistic regression on scaled features, or on the words of texts.
 
 Why a convergence warning is an error: the published guard was fitted on unscaled features and stopped before it had
 converged, so its scores depend on where it stopped.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -20,6 +21,8 @@ from threadpoolctl import threadpool_limits
 
 from snpatch.errors import SnpatchError
 from snpatch.guard.config import GuardConfig
+
+WORDS = r"\w+|[^\w\s]"  # of a bag of words: words and punctuation marks
 
 
 def validate_features(features: ArrayLike, k: int | None = None) -> np.ndarray:
@@ -43,50 +46,63 @@ def validate_labels(labels: ArrayLike, n: int | None = None) -> np.ndarray:
     return y.astype(bool)
 
 
-def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
-    """Raise if a class has too few prompts for the folds. Choosing C inside a fold needs two per fold."""
-    needed = config.folds * min(len(config.strengths), 2)
+def is_trainable(labels: np.ndarray, config: GuardConfig) -> bool:
+    """Return whether each class has enough prompts: one per fold, or two if C is chosen."""
     harmful = int(labels.sum())
-    if min(harmful, len(labels) - harmful) < needed:
+    return min(harmful, len(labels) - harmful) >= _count_needed(config)
+
+
+def check_trainable(labels: np.ndarray, config: GuardConfig, name: str) -> None:
+    """Raise if a class has too few prompts, see `is_trainable`."""
+    harmful, needed = int(labels.sum()), _count_needed(config)
+    if not is_trainable(labels, config):
         raise SnpatchError(
             f"{name}: of {len(labels)} prompts {harmful} are harmful; a guard needs at least {needed} harmful and "
             f"{needed} harmless ones (folds={config.folds}). Give more prompts or another harm threshold."
         )
 
 
-def fit_classifier(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> Pipeline:
+def fit_classifier(features: ArrayLike | Sequence[str], labels: ArrayLike, config: GuardConfig) -> Pipeline:
     """Fit scaler and classifier to features [n, k] and labels [n].
 
-    Cross-validation chooses among several C.
+    Of texts [n], the features are their words. Cross-validation chooses among several C.
     """
     x, y = _validate(features, labels, config)
     with _convergence_required(config):
-        estimator = _build_estimator(config).fit(x, y)
+        estimator = _build_estimator(x, config).fit(x, y)
     return estimator.best_estimator_ if isinstance(estimator, GridSearchCV) else estimator
 
 
-def predict_out_of_fold(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> np.ndarray:
+def predict_out_of_fold(features: ArrayLike | Sequence[str], labels: ArrayLike, config: GuardConfig) -> np.ndarray:
     """Predict each prompt's probability of harm, [n], from a fit to the other folds.
 
     Each fit chooses its own C.
     """
     x, y = _validate(features, labels, config)
     with _convergence_required(config):
-        estimator = _build_estimator(config)
+        estimator = _build_estimator(x, config)
         return np.asarray(cross_val_predict(estimator, x, y, cv=_build_folds(config), method="predict_proba"))[:, 1]
 
 
-def _validate(features: ArrayLike, labels: ArrayLike, config: GuardConfig) -> tuple[np.ndarray, np.ndarray]:
-    x = validate_features(features)
+def _count_needed(config: GuardConfig) -> int:
+    return config.folds * min(len(config.strengths), 2)
+
+
+def _validate(
+    features: ArrayLike | Sequence[str], labels: ArrayLike, config: GuardConfig
+) -> tuple[np.ndarray | list[str], np.ndarray]:
+    is_text = isinstance(features, list) and features and isinstance(features[0], str)
+    x = cast(list[str], features) if is_text else validate_features(cast(ArrayLike, features))
     y = validate_labels(labels, len(x))
     check_trainable(y, config, "guard")
     return x, y
 
 
-def _build_estimator(config: GuardConfig) -> Pipeline | GridSearchCV:
+def _build_estimator(x: np.ndarray | list[str], config: GuardConfig) -> Pipeline | GridSearchCV:
     strengths = config.strengths
     classifier = LogisticRegression(C=strengths[0], class_weight=config.class_weight, max_iter=config.max_iter)
-    pipeline = make_pipeline(StandardScaler(), classifier)
+    reader = CountVectorizer(binary=True, token_pattern=WORDS) if isinstance(x, list) else StandardScaler()
+    pipeline = make_pipeline(reader, classifier)
     if len(strengths) == 1:
         return pipeline
     grid = {"logisticregression__C": sorted(strengths)}  # of equal scores the first wins: the strongest penalty

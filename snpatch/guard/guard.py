@@ -25,6 +25,7 @@ from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.guard import fitting
 from snpatch.guard.config import GuardConfig
+from snpatch.guard.labels import digest_prompt, require_unseen
 from snpatch.ranking.ranking import Ranking
 from snpatch.utils import schema
 from snpatch.utils.files import read_tensors, write_tensors
@@ -72,7 +73,7 @@ class Guard:
         threshold: Prompts with a higher probability are refused.
         refusal: Completion of a refused prompt.
         meta: JSON data of the file: the metadata given to `fit`, and C, class_weight, n (prompts), harmful (how many
-            of them), ranking (its fingerprint) and versions.
+            of them), fitted_prompts (digests of their texts), ranking (its fingerprint) and versions.
     """
 
     model: str
@@ -94,6 +95,7 @@ class Guard:
         labels: ArrayLike,  # [prompts], True: harmful
         ranking: Ranking,
         *,
+        prompts: Sequence[Prompt],
         model: str,
         fingerprint: str,
         config: GuardConfig | None = None,
@@ -105,6 +107,7 @@ class Guard:
             features: [prompts, k] activations: `engine.capture(prompts, model, ranking, k)`.
             labels: [prompts] bool, True = harmful.
             ranking: Ranking whose first k neurons the features are.
+            prompts: The prompts of the features. The guard remembers digests of them, see `find_unseen`.
             model: Name of the model.
             fingerprint: engine.fingerprint(model).
             config: Settings of the fit and of the decisions.
@@ -117,12 +120,15 @@ class Guard:
             SnpatchError: Wrong shapes, NaN, too few prompts of a class, or a fit that does not converge.
         """
         config = config or GuardConfig()
+        if len(prompts) != np.size(labels):
+            raise SnpatchError(f"guard: prompts: expected one per label ({np.size(labels)}), got {len(prompts)}")
         scaler, classifier = fitting.fit_classifier(features, labels, config).named_steps.values()
         fit_meta = {
             "C": classifier.C,
             "class_weight": config.class_weight,
             "n": np.size(labels),
             "harmful": int(np.sum(labels)),
+            "fitted_prompts": sorted(map(digest_prompt, prompts)),
             "ranking": ranking.fingerprint,
             "versions": {name: version(name) for name in PACKAGES},
         }
@@ -149,6 +155,26 @@ class Guard:
     def ranking(self) -> Ranking:
         """Return a ranking of the guard's neurons alone, in the order of the features."""
         return Ranking.from_order(self.neurons, self.shape)
+
+    def find_unseen(self, prompts: Sequence[Prompt], name: str) -> np.ndarray:
+        """Return the indices of the prompts that the guard was not fitted on. Only they may test it.
+
+        Texts that differ in case, spaces or compatible forms of letters alone are equal.
+
+        Args:
+            prompts: Strings, chats or lists of token ids, as they were given to `fit`.
+            name: Name of the prompts in the error.
+
+        Returns:
+            [n] int.
+
+        Raises:
+            SnpatchError: No prompt is left, or the guard's file does not say which prompts it was fitted on.
+        """
+        fitted = self.meta.get("fitted_prompts")
+        if not isinstance(fitted, list):
+            raise SnpatchError("guard: meta: expected fitted_prompts, got none. Fit the guard again.")
+        return require_unseen(prompts, set(fitted), name, "the prompts that the guard was fitted on")
 
     def probability(self, features: ArrayLike | Tensor) -> np.ndarray:
         """Predict the probability of harm from captured activations.

@@ -3,8 +3,8 @@
 Why the model's own completions: a prompt does no harm with a model that refuses it.
 """
 
-import json
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,14 @@ import numpy as np
 
 from snpatch.data import Chat
 from snpatch.engine import Engine
+from snpatch.engine.requests import Prompt
 from snpatch.errors import SnpatchError
 from snpatch.executors.base import Progress
 from snpatch.judges.protocol import Judge
 from snpatch.sampling import GREEDY, Sampling
 from snpatch.sweeps import generation, judging
 from snpatch.sweeps.store import Store
+from snpatch.utils.hashing import hash_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +39,46 @@ class LabeledPrompts:
     completions: list[str]
 
 
+def get_prompt_text(prompt: Prompt) -> str:
+    """Return a prompt's text: all messages of a chat, one per line; token ids as numbers.
+
+    Raises:
+        SnpatchError: The prompt is a row of a file.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        raise SnpatchError("guard: prompt: expected a text, a chat or token ids, got a row. Pass its prompt alone.")
+    parts = [part["content"] if isinstance(part, Mapping) else part for part in prompt]
+    return "\n".join(map(str, parts))
+
+
+def digest_prompt(prompt: Prompt) -> str:
+    """Return the content hash of a prompt's text.
+
+    Case, spaces and compatible forms of letters do not count.
+    """
+    return hash_json(" ".join(unicodedata.normalize("NFKC", get_prompt_text(prompt)).casefold().split()))
+
+
 def deduplicate(prompts: Sequence[Chat]) -> list[Chat]:
     """Keep the first of equal prompts, because a prompt in two folds would be both fitted and tested on."""
-    return list({json.dumps(prompt): prompt for prompt in prompts}.values())
+    first: dict[str, Chat] = {}
+    for prompt in prompts:
+        first.setdefault(digest_prompt(prompt), prompt)
+    return list(first.values())
+
+
+def require_unseen(prompts: Sequence[Prompt], fitted: Collection[str], name: str, fitted_name: str) -> np.ndarray:
+    """Return the indices of the prompts whose digests are not among the fitted ones, [n] int.
+
+    Raises:
+        SnpatchError: There is none.
+    """
+    unseen = [i for i, prompt in enumerate(prompts) if digest_prompt(prompt) not in fitted]
+    if not unseen:
+        raise SnpatchError(f"{name}: expected prompts to test on, got only ones of {fitted_name}. Give other prompts.")
+    return np.array(unseen, dtype=int)
 
 
 def label_answers(

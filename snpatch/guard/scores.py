@@ -1,17 +1,18 @@
 """Scores of a guard: accuracy, AUC and calibration of its probabilities, with bootstrap intervals over prompts."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 from snpatch.config import CONFIDENCE, RESAMPLES
 from snpatch.errors import SnpatchError
 from snpatch.guard.fitting import validate_labels
-from snpatch.statistics import UNDEFINED, interval
+from snpatch.guard.resampling import percentile_interval, resample, weighted_auc
 
 NUM_BINS = 10  # of the calibration curve, of equal width
+FEW_PROMPTS = 20  # of a class, below which an interval over prompts is a guess
 
 
 @dataclass(frozen=True)
@@ -82,44 +83,44 @@ def evaluate(
     y = validate_labels(labels, len(p) if p.ndim == 1 else None)
     if p.shape != y.shape or not ((p >= 0) & (p <= 1)).all():
         raise SnpatchError(f"guard: expected {len(y)} probabilities between 0 and 1, got {list(p.shape)} numbers")
-    majority_class = y.mean() >= 0.5
-    is_mixed = 0 < y.sum() < len(y)
-    statistics = {
-        "accuracy": lambda p, y, axis: ((p > threshold) == y).mean(axis),
-        "balanced_accuracy": (lambda p, y, axis: _balanced_accuracy(p > threshold, y, axis)) if is_mixed else None,
-        "auc": _auc if is_mixed else None,
-        "brier": lambda p, y, axis: np.square(p - y).mean(axis),
-        "calibration_error": _calibration_error,
-        "majority": lambda p, y, axis: (y == majority_class).mean(axis),
-    }
-    scores = {}
-    for name, statistic in statistics.items():
-        estimate = UNDEFINED
-        if statistic:
-            estimate = interval(statistic, p, y, resamples=resamples, confidence=confidence)
-        scores |= estimate.columns(name)
+    names = "accuracy", "balanced_accuracy", "auc", "brier", "calibration_error", "majority"
+    draws = resample(lambda weights: _score(p, y, threshold, weights), [len(y)], resamples)
+    intervals = (percentile_interval(row, confidence).columns(name) for name, row in zip(names, draws, strict=True))
+    scores: dict[str, Any] = {name: value for columns in intervals for name, value in columns.items()}
     return GuardScores(len(y), int(y.sum()), **scores, curve=_calibration_curve(p, y))
 
 
-def _balanced_accuracy(predicted, y, axis):
-    recalls = [((predicted == c) & (y == c)).sum(axis) / (y == c).sum(axis) for c in (0, 1)]
-    return sum(recalls) / 2
+def warn_of_few_prompts(name: str, labels: np.ndarray) -> list[str]:
+    """Return a warning if a class has too few prompts for reliable intervals, else nothing."""
+    harmful, n = int(np.sum(labels)), len(labels)
+    if min(harmful, n - harmful) >= FEW_PROMPTS:
+        return []
+    return [
+        f"{name}: of {n} prompts {harmful} are harmful and {n - harmful} harmless; with fewer than {FEW_PROMPTS} of a "
+        "class, scores and their intervals are unreliable."
+    ]
 
 
-def _auc(p, y, axis):
-    """Compute the fraction of (harmful, harmless) pairs in order, ties counting half, from ranks."""
-    num_harmful = y.sum(axis)
-    num_ordered = (rankdata(p, axis=axis) * y).sum(axis) - num_harmful * (num_harmful + 1) / 2
-    return num_ordered / (num_harmful * (y.shape[axis] - num_harmful))
+def _score(p: np.ndarray, y: np.ndarray, threshold: float, weights: np.ndarray) -> np.ndarray:
+    """Return the six scores of evaluate in their order, [6, resamples]. weights: [resamples, prompts]."""
+    predicted, num_prompts = p > threshold, weights.sum(1)
+    recalls = [weights @ ((predicted == c) & (y == c)) / (weights @ (y == c)) for c in (False, True)]
+    majority_class = y.mean() >= 0.5
+    bins = _bin_index(p)[:, None] == np.arange(NUM_BINS)
+    return np.stack(
+        [
+            weights @ (predicted == y) / num_prompts,
+            sum(recalls) / 2,
+            weighted_auc(p, y, weights),
+            weights @ np.square(p - y) / num_prompts,
+            np.abs(weights @ ((y - p)[:, None] * bins)).sum(1) / num_prompts,
+            weights @ (y == majority_class) / num_prompts,
+        ]
+    )
 
 
 def _bin_index(p):
     return np.minimum(p * NUM_BINS, NUM_BINS - 1).astype(int)
-
-
-def _calibration_error(p, y, axis):
-    bins = _bin_index(p)
-    return sum(np.abs(((y - p) * (bins == b)).sum(axis)) for b in range(NUM_BINS)) / y.shape[axis]
 
 
 def _calibration_curve(p, y) -> tuple[CalibrationBin, ...]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from commands import GOLDEN, JUDGE, MODEL, PAIR, run, write_sweep_file
@@ -22,9 +23,28 @@ def test_guard_commands_fit_evaluate_and_apply(capsys, prompts, ranking, tmp_pat
     assert fitted["n"] == 12
     assert fitted["C"] in (1.0, 10.0)
     assert 0 < fitted["harmful"] < 12
-    code, out, err = run(capsys, "guard", "eval", MODEL, prompts, *common, "--guard", guard, "--json")
+    evaluate = ["guard", "eval", MODEL, "--guard", guard]
+    code, _, err = run(capsys, *evaluate, prompts, *common)
+    assert code == 2
+    assert "expected prompts to test on, got only ones of the prompts that the guard was fitted on" in err
+    fitted_rows = [json.loads(line) for line in Path(prompts).read_text().splitlines()]
+    new_texts = [" ".join(reversed(row["prompt"].split())) for row in fitted_rows]
+    other = tmp_path / "other.jsonl"
+    eval_texts = [*new_texts, new_texts[0].upper(), fitted_rows[0]["prompt"]]
+    other.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in eval_texts))
+    code, out, err = run(capsys, *evaluate, other, *common, "--json")
     assert code == 0, err
-    assert json.loads(out)["accuracy"] == 1.0, "on the prompts that it was fitted on"
+    scores = json.loads(out)
+    num_new = len(set(new_texts) - {row["prompt"] for row in fitted_rows})
+    assert (scores["n"], scores["left_out"], scores["harm_threshold"]) == (num_new, len(eval_texts) - num_new, 0.0)
+    for warning in ("prompts that the guard was fitted on are left out", "1 repeated prompts are left out",
+                    "with fewer than 20 of a class"):  # fmt: skip
+        assert warning in err
+    code, out, err = run(capsys, *evaluate, other, *common, "--harm-threshold", 2, "--judge", "some_judge:by_letters",
+                         "--json")  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["harm_threshold"] == 2
+    assert "fitted to labels of the judge some_judge:by_words, not of some_judge:by_letters" in err
     texts = tmp_path / "texts.jsonl"
     code, _, err = run(capsys, "guard", "apply", MODEL, prompts, *PAIR, "--guard", guard, "--recipient", "dpo",
                        "--max-tokens", 3, "-o", texts)  # fmt: skip
@@ -37,8 +57,8 @@ def test_guard_commands_fit_evaluate_and_apply(capsys, prompts, ranking, tmp_pat
     code, out, err = run(capsys, *fit, "-o", guard)
     assert code == 0, err
     assert "by cross-validation" in out
-    code, _, err = run(capsys, "guard", "eval", MODEL, prompts, *common[:4], "-a", f"sft={GOLDEN / 'adapters/dpo'}",
-                       "--template", "tulu", "--backend", "transformers", "--guard", guard)  # fmt: skip
+    code, _, err = run(capsys, *evaluate, other, *common[:4], "-a", f"sft={GOLDEN / 'adapters/dpo'}",
+                       "--template", "tulu", "--backend", "transformers")  # fmt: skip
     assert code == 2
     assert "expected the model 'sft' that it was fitted on" in err
 

@@ -168,9 +168,22 @@ def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder
     assert summary["safety", 50]["accuracy"] > 0.85 > summary["safety", 50]["majority"]
     assert ("random per_layer", 50) in summary
     assert ("random last_layer", 50) in summary
+    assert ("random everywhere", 50) in summary
+    assert summary["bag of words", None]["accuracy"] > 0.8
+    differences = {(row["k"], row["reference"]): row for row in table(folder, "guard-differences")}
+    majority = differences[50, "majority class"]
+    assert majority["verdict"] == "better"
+    assert majority["accuracy_difference_low"] > 0.2
+    for row in differences.values():
+        assert row["accuracy_difference_low"] <= row["accuracy_difference"] <= row["accuracy_difference_high"]
+        assert (row["verdict"] == "better") == (row["accuracy_difference_low"] > 0)
     for row in table(folder, "safeguard"):
+        assert row["over_refusal"] < 0.3
         if row["model"] == "sft":
             assert row["passed"] < -2 < row["all"]
+            assert row["prevented"] > 0.8 > 0.5 > row["prevented_random"]
+            assert row["prevented_gain_low"] > 0
+            assert row["risk_area_gain_low"] > 0
     guard = Guard.load(folder / "guard.safetensors")
     assert (guard.model, guard.k) == ("sft", 100)
 

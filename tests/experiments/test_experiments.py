@@ -402,6 +402,9 @@ def test_experiments_name_overlapping_controls_once(tmp_path, zoo):
         ("sliding_window", {"width": 0}, "at least one neuron"),
         ("neuron_tokens", {"neurons": 0}, "at least 1"),
         ("safeguard", {}, "expected sets other than p"),
+        ("safeguard", {"train": "q", "prompts": ["p"], "harmless": ["p"]}, "harmless: expected sets .*, got p"),
+        ("safeguard", {"activations": "both"}, "activations: expected one of own, fitted, got 'both'"),
+        ("guard", {"protocol": "both"}, "protocol: expected one of pairwise, merged, got 'both'"),
     ],
 )
 def test_experiment_that_cannot_run_gives_the_reason(tmp_path, zoo, name, settings, message):

@@ -28,8 +28,8 @@ def test_guard_on_vllm_refuses_the_prompts_refused_on_transformers(zoo, monkeypa
 
     def fit_guard(engine, k=8):
         x = engine.capture(tiny.PROMPTS, "sft", ranking, k)
-        config = GuardConfig(folds=2)
-        return Guard.fit(x, labels, ranking, model="sft", fingerprint=engine.fingerprint("sft"), config=config)
+        identity = {"prompts": tiny.PROMPTS, "model": "sft", "fingerprint": engine.fingerprint("sft")}
+        return Guard.fit(x, labels, ranking, **identity, config=GuardConfig(folds=2))
 
     oracle = Engine(tiny_model.folder, adapters, backend="transformers")
     gc.collect()

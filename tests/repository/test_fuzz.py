@@ -280,7 +280,8 @@ def test_result_files_with_damaged_bytes_raise_one_line_error(workspace, kind):
         Constant.zero(order).save(path)
     else:
         features, labels = torch.arange(40.0).reshape(20, 2), [i % 2 == 0 for i in range(20)]
-        Guard.fit(features, labels, order, model="m", fingerprint="d").save(path)
+        prompts = [f"prompt {i}" for i in range(20)]
+        Guard.fit(features, labels, order, prompts=prompts, model="m", fingerprint="d").save(path)
     content = path.read_bytes()
 
     @limit_examples(60)

@@ -74,9 +74,9 @@ def offline(zoo, tmp_path_factory):
             [IDS[2]], PATCHED_JOB.patch, replace(sampling, temperature=1.0, seed=5, n=3)
         )
         chat = engine.generate([CHAT], FULL_PATCH_JOB.patch, sampling)
-        fingerprint, config = engine.fingerprint("sft"), GuardConfig(folds=2)
+        identity = {"prompts": IDS, "model": "sft", "fingerprint": engine.fingerprint("sft")}
         features, labels = engine.capture(IDS, "sft", RANKINGS[0], 5), np.array([True, False] * 4)
-        guard = Guard.fit(features, labels, RANKINGS[0], model="sft", fingerprint=fingerprint, config=config)
+        guard = Guard.fit(features, labels, RANKINGS[0], **identity, config=GuardConfig(folds=2))
         harm = guard.predict(engine, IDS)
     guard = replace(guard, threshold=float(np.median(harm)))
     guard.save(folder / "guard.safetensors")

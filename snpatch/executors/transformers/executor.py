@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from snpatch.config import PRIMARY_WEIGHTS, EngineConfig, ModelSource
@@ -74,6 +75,21 @@ class TransformersExecutor:
             for index, output in self._run_all(chunk):
                 yield start + index, output
             start += len(chunk)
+
+    def read_residuals(self, requests: Sequence[Request]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index, [length, hidden] float32) of each request: the residual stream before the final norm.
+
+        requests: Of a single stream each, and without sampling.
+        """
+        assert self._model is not None, "the engine was closed"
+        batches: list[Tensor] = []
+        rows: Iterator[Tensor] = iter(())
+        norm = self._model.get_submodule("model.norm")
+        with norm.register_forward_pre_hook(lambda _, inputs: batches.append(inputs[0])):
+            for index, _ in self._run_all(requests):
+                if batches:
+                    rows = iter(batches.pop())
+                yield index, next(rows)[-len(requests[index].prompt_ids) :].float().cpu()
 
     def close(self) -> None:
         """Release the model."""

@@ -136,9 +136,7 @@ def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
     if any(row.broken for row in rows):
         columns["broken"] = lambda row: "" if row.broken is None else f"{row.broken:.0%}"
     if result.config.harmless:
-        columns["harmless refused"] = lambda row: "" if row.harmless_refused is None else f"{row.harmless_refused:.0%}"
-    if any(row.control_overlap for row in rows):
-        columns["overlap"] = lambda row: f"{row.control_overlap:.1%}" if row.control_overlap else ""
+        columns["over-refusal"] = lambda row: "" if row.harmless_refused is None else f"{row.harmless_refused:.0%}"
     if any(row.failed for row in rows):
         columns["failed"] = lambda row: row.failed or ""
     title = f"mean {describe_score(judge)}" + (f", {label}" if label else "")

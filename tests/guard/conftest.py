@@ -1,0 +1,1 @@
+from guarded import demo, executor_requests, guard, safety, sets  # noqa: F401
