@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTIONS = {
     "curve": "cost against k, with random controls",
     "sliding_window": "effect of a window that slides over the ranks",
+    "necessity": "effect of all but the top k, of the reverse patch, and of a masked adapter",
     "transfer": "mean cost, effect and perplexity on every benchmark (Table 1)",
     "stability": "agreement of the rankings of several training seeds",
     "objectives": "agreement of the rankings of several objectives",

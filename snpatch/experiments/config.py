@@ -9,6 +9,7 @@ from pathlib import Path
 
 from snpatch.errors import SnpatchError
 from snpatch.names import ROLES
+from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.eval_config import EvalConfig, check_trusted, get_table, parse_eval_config, read_config_file
 from snpatch.utils import schema
 from snpatch.utils.schema import from_dict
@@ -48,6 +49,8 @@ class ExperimentConfig(EvalConfig):
         recipients: Models that are patched.
         benchmarks: Names of the prompt sets that the models are attacked with.
         seeds: The safety contrast of each further training run, by training seed.
+        harmless: Prompt set of harmless prompts, whose refusals are reported with each effect (none if empty). It
+            needs a judge named "refusal".
         settings: Settings of an experiment, by its name.
         judges: See EvalConfig; the first judge is the cost.
     """
@@ -56,6 +59,7 @@ class ExperimentConfig(EvalConfig):
     recipients: tuple[str, ...]
     benchmarks: tuple[str, ...]
     seeds: dict[str, Contrast] = field(default_factory=dict)
+    harmless: str = ""
     settings: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,6 +77,13 @@ class ExperimentConfig(EvalConfig):
             self.check_set(name, "benchmarks")
         for name in self.seen_sets:
             self.check_set(name, "seen_sets")
+        if self.harmless:
+            self.check_set(self.harmless, "harmless")
+            if SweepConfig.refusal_judge not in self.judges:
+                raise SnpatchError(
+                    f"harmless: expected a judge named {SweepConfig.refusal_judge}, got {', '.join(self.judges)}. Add "
+                    f'[judges.{SweepConfig.refusal_judge}] with source = "refusal".'
+                )
         if self.donor in self.recipients:
             raise SnpatchError(
                 f"donor: expected a model that is no recipient, got {self.donor!r}. Remove it from the recipients."

@@ -315,6 +315,9 @@ class ExperimentContext:
         for model in config.models:
             self.model(model)
         sets = {prompts: self.prompts(prompts)}
+        if config.harmless:
+            sets[config.harmless] = self.prompts(config.harmless)
+            judges = {**judges, config.refusal_judge: self.judge(config.refusal_judge)}
         with self.progress(f"sweep of {prompts}") as progress:
             name = f"{experiment} on {prompts}"
             result = sweep(

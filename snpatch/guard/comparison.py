@@ -20,7 +20,7 @@ from snpatch.guard.residual import capture_residuals
 from snpatch.guard.scores import GuardScores, evaluate, warn_of_few_prompts
 from snpatch.guard.splits import CROSS_VALIDATED, PROTOCOLS, EvaluationSplit, build_splits
 from snpatch.ranking.ranking import Ranking
-from snpatch.ranking.window import CONTROLS
+from snpatch.ranking.window import RANDOM_CONTROLS
 from snpatch.utils import schema
 
 BAG_OF_WORDS = "bag of words"
@@ -53,7 +53,7 @@ class ComparisonConfig:
     train: Sequence[str] | None = None
     protocol: str = field(default="pairwise", metadata={"choices": tuple(PROTOCOLS)})
     controls: int = field(default=CONTROL_SEEDS, metadata={"min": 0})
-    control_kinds: Sequence[str] = CONTROLS
+    control_kinds: Sequence[str] = RANDOM_CONTROLS
     baselines: Sequence[str] = BASELINES
     resamples: int = field(default=RESAMPLES, metadata={"min": 1})
     confidence: float = field(default=CONFIDENCE, metadata={"above": 0, "below": 1})

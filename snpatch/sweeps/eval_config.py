@@ -20,7 +20,14 @@ NAMED_CONFIGS = {"demo": Path(__file__).parents[1] / "demo" / "model" / "experim
 """Experiment configs that ship with the package. `snpatch reproduce` makes those of the paper's models."""
 TOP_LEVEL_KEYS = ("model", "adapters", "models", "template")  # fields of EngineConfig that a file has at its top level
 ENGINE_KEYS = (*TOP_LEVEL_KEYS, "engine", "vllm")  # all keys of a file that describe its engine
-EXPERIMENT_KEYS = ("contrasts", "recipients", "benchmarks", "seeds", "settings")  # what an ExperimentConfig adds
+EXPERIMENT_KEYS = (
+    "contrasts",
+    "recipients",
+    "benchmarks",
+    "seeds",
+    "harmless",
+    "settings",
+)  # what an ExperimentConfig adds
 JUDGE_KEYS = ("source", "format", "label", "backend", "dtype", "batch_size", "device", "padding_side")  # of open_judge
 
 

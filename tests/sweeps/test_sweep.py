@@ -310,10 +310,6 @@ def test_report_marks_overlapping_controls(overlapping, overlap):
     report = build_sweep_report(overlapping, "sweep")
     (rows,) = report.tables.values()
     assert {row["rank_hi"] for row in rows if row["control_overlap"]} == {600}
-    (table,) = report.displays
-    neurons, column = table.columns.index("neurons (of all)"), table.columns.index("overlap")
-    marked = {row[neurons]: row[column] for row in table.rows if row[column]}
-    assert marked == {f"600 ({600 / 1408:.1%})": f"{overlap:.1%}"}
     assert report.notes.count(overlapping.notes[1]) == 1
     reported = replace(overlapping, config=replace(overlapping.config, report_k=600))
     assert all(f"({overlap:.1%} of them in the window: conservative)" in line for line in build_headline(reported))

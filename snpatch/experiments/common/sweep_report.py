@@ -55,16 +55,22 @@ class SweepSettings:
     resamples: int = SweepConfig.resamples
     confidence: float = SweepConfig.confidence
     report_k: int | float = SweepConfig.report_k
+    over_refusal: bool = False  # also patch the experiment config's harmless prompts
     cluster_by: str = SweepConfig.cluster_by
 
 
 def build_sweep_config(
-    context: ExperimentContext, settings: SweepSettings, windows: Sequence[Window | int]
+    context: ExperimentContext,
+    settings: SweepSettings,
+    windows: Sequence[Window | int],
+    *,
+    recipients: Sequence[str] = (),
+    donors: Sequence[str] = (),
 ) -> SweepConfig:
-    """Build the sweep of an experiment config's recipients and donor over these windows."""
+    """Build the sweep of these windows. recipients, donors: default to the experiment config's."""
     return SweepConfig(
-        context.config.recipients,
-        (context.config.donor,),
+        recipients or context.config.recipients,
+        donors or (context.config.donor,),
         tuple(map(Window.of, windows)),
         controls=settings.controls,
         control_kind=settings.control_kind,
@@ -75,6 +81,7 @@ def build_sweep_config(
         resamples=settings.resamples,
         confidence=settings.confidence,
         report_k=settings.report_k,
+        harmless=context.config.harmless if settings.over_refusal else "",
         cluster_by=settings.cluster_by,
     )
 
