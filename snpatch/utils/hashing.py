@@ -16,8 +16,8 @@ REQUEST_DIGITS = 32  # of stored completions and cached prompts, of which there 
 
 # Raise a version by hand when the same inputs can give another result. Work of older versions is then computed again.
 GENERATION_VERSION = 1  # completions: op, sampling, receipts
-RANKING_VERSION = 1  # rankings: statistics, scores, order of ties
-TABLE_VERSION = 2  # tables of experiments, from the same completions and rankings
+RANKING_VERSION = 2  # rankings: statistics, scores, order of ties
+TABLE_VERSION = 3  # tables of experiments, from the same completions and rankings
 ROWS_VERSION = 1  # training rows, from the same source and seed
 
 
