@@ -34,7 +34,7 @@ class DistributionSettings:
 
 
 def run(context: ExperimentContext, settings: DistributionSettings) -> Report:
-    """Describe the scores of the safety ranking: of all ranked neurons, and of each layer, also of excluded ones."""
+    """Describe the scores of the ranked neurons together, and of each layer, excluded ones too."""
     ranking = context.ranking()
     k = context.num_neurons(settings.k, ranking)
     scores = require(ranking.scores).numpy().astype(float)
@@ -99,7 +99,7 @@ def describe_scores(scores: np.ndarray, thresholds: tuple[float, ...]) -> Row:
 
 
 def describe_factors(ranking: Ranking, neurons: np.ndarray) -> Row:
-    """Describe the two factors of some neurons' scores, RMS(r) and the relative change, and their own factors.
+    """Describe RMS(r), the relative change and the own factors of some neurons.
 
     Args:
         ranking: The ranking.

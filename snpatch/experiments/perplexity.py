@@ -97,7 +97,7 @@ def run(context: ExperimentContext, settings: PerplexitySettings) -> Report:
 
 
 def compute_difference(patched: Perplexity, unpatched: Perplexity, **certainty) -> Interval:
-    """Return the difference of two token-weighted perplexities on the same windows, with its paired interval.
+    """Return the difference of two token-weighted perplexities, paired by window.
 
     Args:
         patched: Losses of the patched model.

@@ -150,7 +150,7 @@ def compare_rankings(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list
 
 
 def compare_halves(rankings: Mapping[str, Ranking], ks: Sequence[int]) -> list[Row]:
-    """Compare the halves of each ranking's prompts at each k; figures are None for a ranking without halves."""
+    """Compare the halves of each ranking's prompts at each k; None for a ranking without halves."""
     rows = []
     for name, ranking in rankings.items():
         halves = split_halves(ranking)
