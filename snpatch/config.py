@@ -40,7 +40,7 @@ class Capacity:
         max_rankings: Rankings in use at once.
         max_constants: Constants in use at once.
         max_interventions: Interventions of a patch.
-        max_groups: Contrasts whose statistics are gathered at once.
+        max_groups: Statistics that are gathered at once. A contrast gathers two, one per half of its prompts.
         max_captures: Captured positions that are stored until they are fetched.
         max_captured: Neurons of a captured position.
         max_receipts: Requests whose receipts are stored until they are fetched.

@@ -2,6 +2,9 @@
 
 Statistics of the completion's own tokens are gathered during generation. The positions that predict them need a second
 pass, because only a finished completion shows which position predicted an EOS.
+
+The op sums each request into a group. Two random halves of the prompts are two groups, so that the reliability of a
+ranking (ranking.reliability) is known without another pass.
 """
 
 from collections.abc import Sequence
@@ -26,6 +29,7 @@ from snpatch.utils.hashing import hash_json
 
 EXCLUDED_LAYERS = (-1,)  # the last layer's difference is the answer itself
 COMPLETION_POSITIONS = ("completion", "completion_shifted")
+HALVES_SEED = 0
 
 
 def contrast(
@@ -53,19 +57,25 @@ def contrast(
     models = {name: engine.fingerprint(name) for name in pair if name is not None}
     if donor is not None and engine.requests.model(recipient).fingerprint == engine.requests.model(donor).fingerprint:
         raise SnpatchError(f"contrast: expected two models, got {recipient} and {donor}, which are equal by content")
+    halves = split_prompts(ids) if engine.config.capacity.max_groups > 1 else [0] * len(ids)
+    parts = [Statistics.zeros(*engine.geometry.shape) for _ in range(2)]
+    gathered = [parts[half] for half in halves]
     observes_writing = positions == "completion" and completions is None and not sampling.stop
     if observes_writing and generate_with == "recipient":
-        statistics, observed = _observe_writing(engine, ids, pair, sampling, progress)
+        observed = _observe_writing(engine, ids, gathered, pair, sampling, progress)
     else:
         token_ids: Sequence[list[int]] = [[] for _ in ids]
         if positions in COMPLETION_POSITIONS:
             token_ids = _completions(engine, ids, generator, completions, sampling, progress)
-        statistics, observed = _observe_reading(engine, ids, token_ids, pair, positions, progress)
-    expected = sum(observed)
-    if (statistics.count != expected).any():
-        raise ReceiptError(f"contrast: expected {expected} counted tokens per layer, got {statistics.count.tolist()}")
+        observed = _observe_reading(engine, ids, gathered, token_ids, pair, positions, progress)
+    for index, part in enumerate(parts):
+        expected = sum(n for n, half in zip(observed, halves, strict=True) if half == index)
+        if (part.count != expected).any():
+            raise ReceiptError(f"contrast: expected {expected} counted tokens per layer, got {part.count.tolist()}")
     if donor is None:
-        statistics = statistics.recipient_only()
+        parts = [part.recipient_only() for part in parts]
+    statistics = parts[0].plus(parts[1])
+    has_halves = all(part.count.any() for part in parts)
     meta = {
         "model": engine.weights.name,
         "weights": engine.weights.checkpoint_fingerprint,
@@ -75,7 +85,7 @@ def contrast(
         "donor": donor,
         "generate_with": generate_with,
         "positions": positions,
-        "tokens": expected,
+        "tokens": sum(observed),
         "prompts": len(ids),
         "empty": observed.count(0),
         "prompts_digest": hash_json(ids),
@@ -83,7 +93,15 @@ def contrast(
     }
     if engine.notes:
         meta["notes"] = list(engine.notes)
-    return Ranking.from_statistics(statistics, method, exclude_layers, meta)
+    return Ranking.from_statistics(statistics, method, exclude_layers, meta, parts[1] if has_halves else None)
+
+
+def split_prompts(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Return the random half, 0 or 1, of each prompt. Equal prompts are in one half; the seed is fixed."""
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(HALVES_SEED)).tolist()
+    second = {distinct[index] for index in order[: len(distinct) // 2]}
+    return [int(tuple(prompt) in second) for prompt in prompts]
 
 
 def _check_arguments(positions: str, method: str, sampling: Sampling, generate_with: str, donor: str | None) -> None:
@@ -100,14 +118,14 @@ def _check_arguments(positions: str, method: str, sampling: Sampling, generate_w
         raise SnpatchError("sampling: ignore_eos: expected false, got true. A contrast never counts EOS.")
 
 
-def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics, list[int]]:
+def _observe_writing(engine, ids, gathered, pair, sampling, progress) -> list[int]:
     """Observe the recipient's completions during generation.
 
-    Return statistics and the positions of each prompt. The position of the last token is run by generating one more
-    token, which is dropped, unless an EOS ended the text.
+    Return the number of positions of each prompt, which are added to its `gathered` statistics. The position of the
+    last token is run by generating one more token, which is dropped, unless an EOS ended the text.
     """
-    statistics, limits, requests = _empty(engine), [], []
-    for prompt in ids:
+    limits, requests = [], []
+    for prompt, statistics in zip(ids, gathered, strict=True):
         max_tokens = engine.requests.fitted(prompt, sampling).max_tokens
         observe = Observation(statistics, len(prompt), len(prompt) + max_tokens, include_eos=False)
         longer = replace(engine.requests.fitted(prompt, sampling), max_tokens=max_tokens + 1)
@@ -115,13 +133,13 @@ def _observe_writing(engine, ids, pair, sampling, progress) -> tuple[Statistics,
         limits.append(max_tokens)
     outputs = engine.execute(requests, progress)
     lengths = [len(o.token_ids) - (o.finish_reason == "eos") for o in outputs]
-    return statistics, _check_not_empty(list(map(min, lengths, limits)))
+    return _check_not_empty(list(map(min, lengths, limits)))
 
 
-def _observe_reading(engine, ids, completions, pair, positions, progress) -> tuple[Statistics, list[int]]:
-    """Observe `positions` of finished texts; return statistics and the number of positions of each text."""
-    statistics, requests, observed = _empty(engine), [], []
-    for prompt, completion in zip(ids, completions, strict=True):
+def _observe_reading(engine, ids, gathered, completions, pair, positions, progress) -> list[int]:
+    """Observe `positions` of finished texts; return the number of positions of each text."""
+    requests, observed = [], []
+    for prompt, statistics, completion in zip(ids, gathered, completions, strict=True):
         start, stop = _position_range(positions, len(prompt), len(completion))
         text = [*prompt, *completion][:stop]
         engine.requests.check_room(text, room=0)
@@ -130,7 +148,7 @@ def _observe_reading(engine, ids, completions, pair, positions, progress) -> tup
             requests.append(engine.requests.observing(text, pair, Observation(statistics, start, stop)))
     _check_not_empty(observed)
     engine.execute(requests, progress)
-    return statistics, observed
+    return observed
 
 
 def _completions(engine, ids, generator, completions, sampling, progress) -> list[list[int]]:
@@ -146,10 +164,6 @@ def _completions(engine, ids, generator, completions, sampling, progress) -> lis
         if not eos_ids.isdisjoint(completion):
             raise SnpatchError(f"completion {index}: expected no token after EOS, got some")
     return token_ids
-
-
-def _empty(engine) -> Statistics:
-    return Statistics.zeros(engine.geometry.n_layers, engine.geometry.n_neurons)
 
 
 def _check_not_empty(observed: list[int]) -> list[int]:

@@ -1,4 +1,7 @@
-"""Neuron tokens (the paper's neuron2word): the tokens that a neuron promotes, `lm_head(norm(W_down[:, n]))`.
+"""Neuron tokens (the paper's neuron2word): tokens that a neuron's change promotes and suppresses.
+
+A neuron's output direction is `lm_head(norm(W_down[:, n]))`. The donor changes the neuron's activation by
+mean d - mean r, so the direction has the sign of this change: a factor below 1 damps what the neuron writes.
 
 Why weights are read from the checkpoint's files: the engine may hold them in other processes or packed, and a second
 complete model would not fit in memory.
@@ -28,7 +31,7 @@ class NeuronTokensSettings:
 
     Args:
         neurons: Number of first neurons of the ranking.
-        tokens: Tokens per neuron.
+        tokens: Promoted, and as many suppressed, tokens per neuron.
     """
 
     neurons: int = field(default=10, metadata={"min": 1})
@@ -42,37 +45,51 @@ def run(context: ExperimentContext, settings: NeuronTokensSettings) -> Report:
     context.model("base")
     config = context.engine.config
     logits = neuron_logits(config.model, ranking, settings.neurons, config.allow_untested)
-    top = logits.topk(min(settings.tokens, logits.shape[1]))
-    neurons = ranking.top(settings.neurons).tolist()
-    rows = []
-    for rank, (layer, neuron) in enumerate(neurons):
-        pairs = zip(top.values[rank].tolist(), top.indices[rank].tolist(), strict=True)
-        for place, (logit, token_id) in enumerate(pairs):
-            rows.append(
-                {
-                    "rank": rank,
-                    "layer": layer,
-                    "neuron": neuron,
-                    "place": place,
-                    "token_id": token_id,
-                    "token": context.engine.tokenizer.convert_ids_to_tokens(token_id),
-                    "logit": logit,
-                }
-            )
-    lines = [
-        {
+    changes = mean_changes(ranking, settings.neurons)
+    if changes is not None:
+        logits = torch.where(changes < 0, -1, 1)[:, None] * logits
+    n = min(settings.tokens, logits.shape[1])
+    rows, lines = [], []
+    for rank, (layer, neuron) in enumerate(ranking.top(settings.neurons).tolist()):
+        head = {
             "rank": rank,
             "layer": layer,
             "neuron": neuron,
-            "tokens": " ".join(str(row["token"]) for row in rows if row["rank"] == rank),
+            "mean_change": None if changes is None else changes[rank].item(),
         }
-        for rank, (layer, neuron) in enumerate(neurons)
-    ]
+        line = dict(head)
+        for effect, largest in (("promoted", True), ("suppressed", False)):
+            values, token_ids = (part.tolist() for part in logits[rank].topk(n, largest=largest))
+            tokens = context.engine.tokenizer.convert_ids_to_tokens(token_ids)
+            line[effect] = " ".join(map(str, tokens))
+            for place, (token_id, token, logit) in enumerate(zip(token_ids, tokens, values, strict=True)):
+                row = {"effect": effect, "place": place, "token_id": token_id, "token": token, "logit": logit}
+                rows.append({**head, **row})
+        lines.append(line)
     plots = {"neuron_tokens": _plot(rows, lines)}
+    display = TableView.from_rows(lines, {name: name for name in lines[0]})
+    return Report("neuron_tokens", {"neuron_tokens": rows}, plots, (display,), _build_headline(lines, changes))
+
+
+def mean_changes(ranking: Ranking, n: int) -> Tensor | None:
+    """Return mean d - mean r of the first n neurons, [n] float32; None for a ranking without both means."""
+    if not {"donor_mean", "recipient_mean"} <= ranking.moments.keys():
+        return None
+    changes = ranking.moments["donor_mean"] - ranking.moments["recipient_mean"]
+    return changes[tuple(ranking.top(n).T)]
+
+
+def _build_headline(lines: list[dict], changes: Tensor | None) -> list[str]:
     first = lines[0]
-    sentence = f"layer {first['layer']}, neuron {first['neuron']} ranks first; it promotes: {first['tokens']}."
-    display = TableView.from_rows(lines, {name: name for name in first})
-    return Report("neuron_tokens", {"neuron_tokens": rows}, plots, (display,), [sentence])
+    name = f"layer {first['layer']}, neuron {first['neuron']} ranks first"
+    if changes is None:
+        cause = "its own output, because the ranking has no mean activations of both models"
+    else:
+        cause = f"its mean change of {first['mean_change']:+.3g} from recipient to donor"
+    return [
+        f"{name}; {cause}, promotes: {first['promoted']}.",
+        f"{name}; {cause}, suppresses: {first['suppressed']}.",
+    ]
 
 
 def neuron_logits(model: str | Path, ranking: Ranking, n: int, allow_untested: bool = False) -> Tensor:
@@ -114,18 +131,19 @@ def _norm(x: Tensor, weight: Tensor, config) -> Tensor:
 
 
 def _plot(rows: list[dict], lines: list[dict]) -> Figure:
-    width = len(rows) // len(lines)
-    values = np.array([row["logit"] for row in rows]).reshape(len(lines), width)
-    figure = Figure(figsize=(1.1 * width + 2, 0.5 * len(lines) + 1.5), layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(values, aspect="auto", cmap="viridis")
-    figure.colorbar(image, ax=axis, label="logit")
-    middle = (values.min() + values.max()) / 2
-    for i, row in enumerate(rows):
-        x, y = i % width, i // width
-        color = "black" if values[y, x] > middle else "white"
-        axis.text(x, y, to_plot_label(str(row["token"])), ha="center", va="center", fontsize=7, color=color)
-    axis.set_xticks([])
-    axis.set_yticks(range(len(lines)), [f"layer {line['layer']}, neuron {line['neuron']}" for line in lines])
-    axis.set_xlabel("tokens that the neuron promotes, highest logit first")
+    width = len(rows) // len(lines) // 2
+    figure = Figure(figsize=(2.2 * width + 2, 0.5 * len(lines) + 1.5), layout="constrained")
+    for axis, effect in zip(figure.subplots(1, 2), ("promoted", "suppressed"), strict=True):
+        tokens = [row for row in rows if row["effect"] == effect]
+        values = np.array([row["logit"] for row in tokens]).reshape(len(lines), width)
+        image = axis.imshow(values, aspect="auto", cmap="viridis")
+        figure.colorbar(image, ax=axis, label="logit")
+        middle = (values.min() + values.max()) / 2
+        for i, row in enumerate(tokens):
+            x, y = i % width, i // width
+            color = "black" if values[y, x] > middle else "white"
+            axis.text(x, y, to_plot_label(str(row["token"])), ha="center", va="center", fontsize=7, color=color)
+        axis.set_xticks([])
+        axis.set_yticks(range(len(lines)), [f"layer {line['layer']}, neuron {line['neuron']}" for line in lines])
+        axis.set_xlabel(f"{effect} tokens, strongest first")
     return figure

@@ -1,4 +1,4 @@
-"""Stability: agreement of the safety rankings of training runs that differ only in their seed."""
+"""Stability: agreement of the safety rankings of training runs that differ only in their seed, and of their effects."""
 
 from dataclasses import dataclass
 
@@ -15,4 +15,4 @@ class StabilitySettings(AgreementSettings):
 def run(context: ExperimentContext, settings: StabilitySettings) -> Report:
     """Compare the rankings of the config's training seeds pairwise."""
     rankings = {seed: context.ranking(contrast) for seed, contrast in context.config.seeds.items()}
-    return build_agreement_report(context, "stability", rankings, settings, "training seeds")
+    return build_agreement_report(context, "stability", rankings, settings, "training seeds", prefix="seed ")

@@ -13,6 +13,8 @@ from snpatch.errors import SnpatchError
 from snpatch.op.reference import SUMS
 from snpatch.utils.tensors import is_finite
 
+SQUARES = [1, 3, 4]  # sums that cannot be negative
+
 
 @dataclass(eq=False)
 class Statistics:
@@ -50,6 +52,16 @@ class Statistics:
         self.sums += sums
         self.count += count
 
+    def plus(self, other: Self) -> Self:
+        """Return the statistics of both sets of tokens."""
+        return type(self)(self.sums + other.sums, self.count + other.count)
+
+    def without(self, part: Self) -> Self:
+        """Return the statistics of the tokens that are not in a part of them."""
+        sums = self.sums - part.sums
+        sums[:, SQUARES] = sums[:, SQUARES].clamp(min=0)  # rounding of a difference of sums
+        return type(self)(sums, self.count - part.count)
+
     def recipient_only(self) -> Self:
         """Return the statistics of the recipient, with 0 as the donor's activations."""
         sums = torch.zeros_like(self.sums)
@@ -73,6 +85,28 @@ class Statistics:
         if others or n < 1:
             raise SnpatchError(f"statistics: layers have seen different numbers of tokens: {self.count.tolist()}")
         return n
+
+    def recipient_rms(self) -> Tensor:
+        """Return the root mean square of the recipient's activations, [L, F] float64."""
+        return (self.sums[:, 1] / self.tokens).sqrt()
+
+    def mean_changes(self) -> Tensor:
+        """Return mean d - mean r, [L, F] float64."""
+        return (self.sums[:, 2] - self.sums[:, 0]) / self.tokens
+
+    def own_factor_changes(self) -> Tensor:
+        """Return the part of the squared change that is each neuron's own factor, summed over tokens.
+
+        With d = b r + e and the least-squares factor b = sum(r d) / sum(r^2), sum (r - d)^2 is
+        (1 - b)^2 sum(r^2) + sum(e^2). The first part is what a factor per neuron, such as IA3's, does by itself.
+
+        Returns:
+            (1 - b)^2 sum(r^2), [L, F] float64; 0 for a neuron that is never active.
+        """
+        _, rr, _, dd, changes = self.sums.unbind(1)
+        products = (rr + dd - changes) / 2  # sum(r d)
+        factors = torch.where(rr > 0, products / rr, 1.0)
+        return (1 - factors).square() * rr
 
     def moments(self) -> dict[str, Tensor]:
         """Return mean and unbiased standard deviation of each model, [L, F] float32 by name.

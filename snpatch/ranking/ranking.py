@@ -47,6 +47,7 @@ class Ranking:
         moments: Name -> [L, F] float32, any of MOMENTS; source of mean ablation and noise.
         meta: JSON data of the file (models, positions, number of tokens, versions).
         statistics: Statistics of the contrast, from which scores and moments were computed, or None.
+        half: The part of `statistics` that is of a random half of the prompts, or None; see ranking.reliability.
     """
 
     rank: Tensor
@@ -54,6 +55,7 @@ class Ranking:
     moments: dict[str, Tensor] = field(default_factory=dict)
     meta: dict = field(default_factory=dict)
     statistics: Statistics | None = None
+    half: Statistics | None = None
 
     def __post_init__(self) -> None:
         if self.rank.dim() != 2 or self.rank.dtype != torch.int32:
@@ -75,8 +77,11 @@ class Ranking:
                     f"ranking: {name}: expected finite values, got {tensor[layer, neuron].item()} at layer {layer}, "
                     f"neuron {neuron}"
                 )
-        if self.statistics is not None and self.statistics.shape != self.shape:
-            raise SnpatchError(f"ranking: statistics: expected {list(self.shape)}, got {list(self.statistics.shape)}")
+        for name, statistics in {"statistics": self.statistics, "half": self.half}.items():
+            if statistics is not None and statistics.shape != self.shape:
+                raise SnpatchError(f"ranking: {name}: expected {list(self.shape)}, got {list(statistics.shape)}")
+        if self.half is not None and self.statistics is None:
+            raise SnpatchError("ranking: half: expected it with statistics, got it alone")
 
     @classmethod
     def from_statistics(
@@ -85,6 +90,7 @@ class Ranking:
         method: str = "rms",
         exclude_layers: Sequence[int] = (),
         meta: dict | None = None,
+        half: Statistics | None = None,
     ) -> "Ranking":
         """Order neurons by a score of a contrast's statistics.
 
@@ -93,6 +99,7 @@ class Ranking:
             method: Name of a score, see METHODS.
             exclude_layers: Layers that are not ranked; negative ones count from the end.
             meta: JSON data of the file.
+            half: The part of the statistics that is of a random half of the prompts.
 
         Raises:
             SnpatchError: Unknown method, or no ranked neuron differs between the two models.
@@ -106,7 +113,7 @@ class Ranking:
                 f"ranking: none of the {len(ranking)} neurons differs between the two models on these texts: they are "
                 "one model, or an adapter changes nothing in the layers that are ranked"
             )
-        return replace(ranking, statistics=statistics)
+        return replace(ranking, statistics=statistics, half=half)
 
     @classmethod
     def from_scores(
@@ -476,6 +483,8 @@ class Ranking:
             tensors["scores"] = self.scores
         if self.statistics is not None:
             tensors |= {"sums": self.statistics.sums, "count": self.statistics.count}
+        if self.half is not None:
+            tensors |= {"half_sums": self.half.sums, "half_count": self.half.count}
         write_tensors(path, tensors, kind="ranking", meta=self.meta)
 
     @classmethod
@@ -529,18 +538,16 @@ class Ranking:
     @classmethod
     def _load_own(cls, path: Path) -> "Ranking":
         tensors, meta = read_tensors(path, kind="ranking")
-        unknown = set(tensors) - {"rank", "scores", "sums", "count", *MOMENTS}
+        unknown = set(tensors) - {"rank", "scores", "sums", "count", "half_sums", "half_count", *MOMENTS}
         if "rank" not in tensors or unknown:
             raise SnpatchError(f"{path}: expected a ranking, got a file of {', '.join(sorted(tensors)) or 'nothing'}")
-        sums, count = (tensors.pop(name, None) for name in ("sums", "count"))
-        if (sums is None) != (count is None):
-            raise SnpatchError(f"{path}: expected both sums and count or neither, got one of them")
-        statistics = None if sums is None or count is None else Statistics(sums, count)
+        with error_source(path):
+            statistics, half = (_pop_statistics(tensors, prefix) for prefix in ("", "half_"))
         rank, scores, moments = tensors.pop("rank"), tensors.pop("scores", None), tensors
         if statistics is not None and not moments:
             moments = statistics.moments()
         with error_source(path):
-            return cls(rank, scores, moments, meta, statistics)
+            return cls(rank, scores, moments, meta, statistics, half)
 
     @classmethod
     def from_published(cls, path: str | Path, n_layers: int | None = None) -> "Ranking":
@@ -617,7 +624,7 @@ class Ranking:
     def _of(self, order: Tensor, meta: dict) -> "Ranking":
         """Return a ranking of some of the neurons."""
         rank = _build_ranks(order, self.shape)
-        return Ranking(rank, self.scores, self.moments, {**self.meta, **meta}, self.statistics)
+        return Ranking(rank, self.scores, self.moments, {**self.meta, **meta}, self.statistics, self.half)
 
 
 def check_excluded(layers: Sequence[int], n_layers: int) -> None:
@@ -639,6 +646,14 @@ def _build_ranks(order: Tensor, shape: tuple[int, int]) -> Tensor:
     rank = torch.full((shape[0] * shape[1],), UNRANKED, dtype=torch.int32)
     rank[order] = torch.arange(len(order), dtype=torch.int32)
     return rank.view(shape)
+
+
+def _pop_statistics(tensors: dict[str, Tensor], prefix: str) -> Statistics | None:
+    """Remove sums and count of this prefix from a file's tensors and return their statistics, or None."""
+    sums, count = (tensors.pop(f"{prefix}{name}", None) for name in ("sums", "count"))
+    if (sums is None) != (count is None):
+        raise SnpatchError(f"expected both {prefix}sums and {prefix}count or neither, got one of them")
+    return None if sums is None or count is None else Statistics(sums, count)
 
 
 def _differs(statistics: Statistics, neurons: Tensor) -> bool:

@@ -8,7 +8,7 @@ folder, or the record of a shipped preset, replaces the model. Judging, plots an
 import json
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from snpatch import experiments
 from snpatch.data.prompt_set import PromptSet
+from snpatch.experiments.config import ExperimentConfig
 from snpatch.models.checkpoint import load_config
 from snpatch.names import CONTRAST_POSITIONS
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRAST_STEPS, AdapterTraining, Pipeline
@@ -151,7 +152,7 @@ def _estimate_experiment(pipeline: Pipeline, name: str, size: Size) -> CostEstim
     contrast_completions = (len(CONTRAST_POSITIONS) - 1) * _num_contrast_prompts(pipeline) if name == "positions" else 0
     cost = _estimate_generation(pipeline, completions, config.max_tokens, size, contrast_completions)
     if name in ("perplexity", "transfer") and settings.text:
-        points = len(config.recipients) * (len(settings.k) if name == "perplexity" else 2) + 1
+        points = len(config.recipients) * (len({0, *settings.k}) if name == "perplexity" else 2) + 1
         seconds = points * WIKITEXT_TOKENS * 2 * 2 * size.parameters / TRAIN_FLOPS
         return CostEstimate(require(cost.seconds) + seconds, cost.disk_gb, f"{cost.source}; {points} perplexities")
     return cost
@@ -233,6 +234,17 @@ def _sweep_counter(num_windows: Callable[[Any], int]) -> Callable[[Pipeline, Any
     return count
 
 
+def _effect_counter(get_rankings: Callable[[ExperimentConfig], Collection]) -> Callable[[Pipeline, Any], int]:
+    """Return a counter of an experiment that patches `effect_k` neurons of each of several rankings."""
+
+    def count(pipeline: Pipeline, settings) -> int:
+        num_rankings = len(get_rankings(pipeline.config))
+        count_sweep = _sweep_counter(lambda s: len(s.effect_k) * num_rankings)
+        return count_sweep(pipeline, settings) if settings.effect_k else 0
+
+    return count
+
+
 def _count_tax(pipeline: Pipeline, settings) -> int:
     sets = settings.prompts or (pipeline.config.benchmarks[0], "helpful")
     return 2 * _num_benchmark_prompts(pipeline, sets) * (3 + settings.controls)
@@ -241,7 +253,9 @@ def _count_tax(pipeline: Pipeline, settings) -> int:
 COMPLETION_COUNTS: dict[str, Callable[[Pipeline, Any], int]] = {  # of the experiments that generate any
     "curve": _sweep_counter(lambda s: len(s.k)),
     "sliding_window": _sweep_counter(lambda s: math.floor(s.last / s.stride) + 1),
-    "positions": _sweep_counter(lambda s: len(s.effect_k) * len(CONTRAST_POSITIONS)),
+    "positions": _effect_counter(lambda config: CONTRAST_POSITIONS),
+    "objectives": _effect_counter(lambda config: config.contrasts),
+    "stability": _effect_counter(lambda config: config.seeds),
     "transfer": lambda p, s: _num_benchmark_prompts(p, s.benchmarks) * _num_points(p, 1, s.controls),
     "alignment_tax": _count_tax,
     "guard": lambda p, s: _num_benchmark_prompts(p, s.prompts),

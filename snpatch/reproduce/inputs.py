@@ -40,8 +40,8 @@ EXPERIMENT_INPUTS = {  # experiment -> inputs that its provenance does not name
     "alignment_tax": ("benchmarks", "max_tokens", "judges"),
     "guard": ("benchmarks", "max_tokens"),
     "safeguard": ("benchmarks", "max_tokens"),
-    "objectives": ("contrasts",),
-    "stability": ("seeds",),
+    "objectives": ("contrasts", *SWEEP_INPUTS),
+    "stability": ("seeds", *SWEEP_INPUTS),
 }
 PROVENANCE_INPUTS = (("model", "models"), ("set", "sets"), ("judge", "judges"))  # kind of input -> key of a provenance
 

@@ -16,7 +16,7 @@ REQUEST_DIGITS = 32  # of stored completions and cached prompts, of which there 
 
 # Raise a version by hand when the same inputs can give another result. Work of older versions is then computed again.
 GENERATION_VERSION = 1  # completions: op, sampling, receipts
-RANKING_VERSION = 1  # rankings: statistics, scores, order of ties
+RANKING_VERSION = 2  # rankings: statistics, scores, order of ties
 SCORE_VERSION = 1  # scores of a judge: the part of a completion that it reads
 TABLE_VERSION = 3  # tables of experiments, from the same completions and rankings
 ROWS_VERSION = 1  # training rows, from the same source and seed

@@ -129,6 +129,8 @@ def test_stability_of_seeds_exceeds_agreement_of_objectives(folder):
         ("helpful", "careful"),
     }
     assert seeds["overlap"] > 0.85 > max(row["overlap"] for row in objectives) > seeds["chance"] == 0.1
+    assert seeds["overlap"] > seeds["chance_given_activations_high"] > 0.5
+    assert all(0.45 < row["chance_given_activations"] < 0.7 for row in objectives)
     assert seeds["spearman"] > 0.85 > max(row["spearman"] for row in objectives)
 
 
@@ -149,17 +151,25 @@ def test_distribution_is_skewed(folder):
     assert [row["ranked"] for row in layer_rows] == [True] * 5 + [False]
     assert sum(row["in_top_k"] for row in layer_rows) == model_row["in_top_k"] == 256
     assert model_row["skewness"] > 1
+    assert model_row["max"] == max(row["max"] for row in layer_rows[:-1]), "the last layer is not ranked"
+    assert model_row["rms_skewness"] > 1 > model_row["relative_skewness"]
+    assert model_row["own_factor_share"] > 0.9
     assert model_row["above 0.05"] > model_row["above 0.5"] > 0
 
 
 def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder):
     words = table(folder, "neuron_tokens")
-    assert len(words) == 10 * 20
+    assert len(words) == 10 * 2 * 20
+    assert {row["effect"] for row in words[:20]} == {"promoted"}
     assert [row["logit"] for row in words[:20]] == sorted((row["logit"] for row in words[:20]), reverse=True)
+    assert [row["logit"] for row in words[20:40]] == sorted(row["logit"] for row in words[20:40])
     agreement = {(row["a"], row["b"]): row for row in table(folder, "positions") if row["k"] == 256}
     assert agreement["completion", "completion_shifted"]["overlap"] > agreement["completion", "prompt"]["overlap"]
     effects = {row["ranking"]: row["effect"] for row in table(folder, "positions-effects") if row["recipient"] == "sft"}
     assert effects["at completion"] > 0.3
+    spread = {row["recipient"]: row for row in table(folder, "stability-spread")}
+    assert spread["sft"]["effect_min"] > 0.3
+    assert spread["sft"]["rankings"] == 2
     rows = table(folder, "guard")
     assert {(row["train"], row["test"]) for row in rows if row["control"] is None and row["k"] == 50} == {
         (a, b) for a in SETS for b in SETS

@@ -5,13 +5,14 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from activations import rank_activations, rank_changes
 from transformers import AutoModelForCausalLM
 
 from snpatch import Ranking, SnpatchError, experiments
@@ -20,13 +21,17 @@ from snpatch.data.prompt_set import PromptSet
 from snpatch.demo import DEMO_MODEL
 from snpatch.experiments.alignment_tax import intersect_top
 from snpatch.experiments.common import agreement
+from snpatch.experiments.common.effect_spread import summarize_effects
 from snpatch.experiments.config import load_experiment_config
 from snpatch.experiments.context import ExperimentContext
-from snpatch.experiments.distribution import describe_scores
-from snpatch.experiments.neuron_tokens import neuron_logits
+from snpatch.experiments.distribution import describe_factors, describe_scores
+from snpatch.experiments.neuron_tokens import mean_changes, neuron_logits
+from snpatch.experiments.perplexity import compute_difference
 from snpatch.models.weights import open_weights
+from snpatch.ranking import nulls
 from snpatch.report import files, terminal
 from snpatch.report.report import Report, TableView
+from snpatch.statistics import interval
 from snpatch.sweeps.perplexity import Perplexity, split_into_windows
 
 SHAPE = (2, 10)
@@ -52,6 +57,76 @@ def test_compare_rankings_of_constructed_orders_gives_known_values():
     assert row_by_pair["same", "half", 8]["common"] == 4
     assert row_by_pair["same", "half", 8]["spearman"] == pytest.approx(1), "re-ranked within the four that both hold"
     assert row_by_pair["same", "half", 8]["chance"] == 0.4
+    for row in rows:
+        assert row["chance_given_activations"] is row["p_overlap"] is row["p_spearman"] is None, "no statistics"
+        assert row["relative_spearman"] is row["signed_correlation"] is None
+
+
+def draw_uniform(*shape: int, seed: int) -> torch.Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+
+
+def test_compare_rankings_with_statistics_gives_null_and_correlations():
+    rms, relative = draw_uniform(2, 2, 100, seed=0)
+    first, second = rank_changes(rms, relative), rank_changes(rms, -relative)
+    (row,) = agreement.compare_rankings({"a": first, "b": second}, [20])
+    null = nulls.draw_agreement_nulls({"a": first, "b": second}, [20])["a", "b"]
+    assert row["overlap"] == row["spearman"] == 1
+    assert row["chance_given_activations"] == pytest.approx(null.overlap.mean())
+    low, high = (row[f"chance_given_activations_{end}"] for end in ("low", "high"))
+    assert (low, high) == pytest.approx(tuple(np.quantile(null.overlap, [0.025, 0.975])))
+    assert row["p_overlap"] == pytest.approx(1 / 51), "of 50 draws none reaches 1"
+    reached = int((null.spearman > 1 - 1e-6).sum())
+    assert row["p_spearman"] == pytest.approx((1 + reached) / 51)
+    assert row["relative_spearman"] == pytest.approx(1)
+    assert row["signed_correlation"] == pytest.approx(-1)
+
+
+def test_agreement_headline_names_both_nulls_and_pairs_above():
+    rms = draw_uniform(2, 150, seed=1) ** 3
+    relative = draw_uniform(2, 150, seed=2) ** 3
+    related = {name: rank_changes(rms, relative * factor) for name, factor in (("a", 1), ("b", 1.5))}
+    unrelated = rank_changes(rms, draw_uniform(2, 150, seed=9))
+    rows = agreement.compare_rankings({**related, "c": unrelated}, [30])
+    first, second, *_ = agreement._build_headline(rows, [], "3 objectives")
+    assert first.startswith("3 objectives: overlap ")
+    assert " for unrelated changes of the same activations, 0.10 for random orders); " in first
+    assert first.endswith("; 1 of 3 pairs overlap more than unrelated changes (a, b).")
+    assert second.startswith("3 objectives: Spearman of the shared neurons ")
+    for part, end in ((rows[1:], "no pair overlaps"), (rows[:1], "they overlap"), (rows[1:2], "they overlap no")):
+        sentence, *_ = agreement._build_headline(part, [], "2 objectives")
+        assert sentence.endswith(f"; {end} more than unrelated changes.")
+
+
+def test_summarize_effects_of_rankings_gives_spread():
+    effects = [("sft", 5, 0.2), ("sft", 5, 0.5), ("sft", 5, 0.8), ("base", 5, None), ("base", 5, 0.4)]
+    rows = [{"recipient": recipient, "rank_hi": k, "effect": effect} for recipient, k, effect in effects]
+    sft, base = summarize_effects(rows)
+    assert (sft["rankings"], sft["effect_min"], sft["effect_max"]) == (3, 0.2, 0.8)
+    assert (sft["effect_mean"], sft["effect_std"]) == pytest.approx((0.5, 0.3))
+    assert (base["rankings"], base["effect_mean"], base["effect_std"]) == (1, 0.4, None)
+
+
+def test_objectives_patch_each_ranking(tmp_path, zoo):
+    config = config_file(tmp_path, zoo("llama"), extend_config)
+    settings = {"k": 0.1, "more_k": [0.2], "effect_k": [0.3]}
+    with ExperimentContext(
+        load_experiment_config(config, trust=True), tmp_path / "out", backend="transformers"
+    ) as context:
+        report = experiments.run("objectives", context, settings)
+        unpatched = experiments.run("objectives", context, settings | {"effect_k": []})
+    (sft, base) = report.tables["objectives-spread"]
+    assert (sft["recipient"], base["recipient"]) == ("sft", "base")
+    k = round(0.3 * 2 * tiny.NEURONS)
+    assert sft["k"] == base["k"] == k
+    patched = [row for row in report.tables["objectives-effects"] if row["ranking"]]
+    assert [(row["recipient"], row["ranking"], row["rank_hi"]) for row in patched] == [
+        (recipient, ranking, k) for ranking in ("safety", "other") for recipient in ("sft", "base")
+    ]
+    assert all(row["overlap"] is not None for row in report.tables["objectives-halves"])
+    assert report.notes == []
+    assert list(unpatched.tables) == ["objectives", "objectives-halves"]
+    assert unpatched.headline == report.headline[: len(unpatched.headline)]
 
 
 def test_agreement_plot_draws_every_pair():
@@ -74,6 +149,29 @@ def test_intersect_top_returns_neurons_in_both_top_k():
         intersect_top(first, second, 2)
 
 
+def test_agreement_plot_draws_the_null():
+    rms, relative = draw_uniform(2, 2, 100, seed=0)
+    rankings = {"a": rank_changes(rms, relative), "b": rank_changes(rms, relative.flip(1))}
+    rows = agreement.compare_rankings(rankings, [10, 20])
+    axis = agreement.plot_agreement(rows, rankings, 10).axes[0]
+    (band,) = axis.collections
+    lows, highs = (sorted({row[f"chance_given_activations_{end}"] for row in rows}) for end in ("low", "high"))
+    drawn = band.get_paths()[0].vertices[:, 1]
+    assert (drawn.min(), drawn.max()) == pytest.approx((lows[0], highs[-1]))
+
+
+def test_perplexity_difference_is_paired_by_window():
+    unpatched = Perplexity(tuple((10.0 + 5 * (i % 4), 10) for i in range(40)))
+    patched = Perplexity(tuple((total + 0.5, n) for total, n in unpatched.losses))
+    difference = compute_difference(patched, unpatched, resamples=200, confidence=0.95)
+    assert difference.value == pytest.approx(unpatched.token_weighted * (math.exp(0.05) - 1))
+    assert difference.low > 0, "although the windows differ more than the models"
+    own = interval(lambda t, axis: np.exp(t.mean(axis) / 10), [t for t, _ in unpatched.losses], resamples=200)
+    assert difference.high - difference.low < (own.high - own.low) / 5
+    one = compute_difference(Perplexity(((11.0, 10),)), Perplexity(((10.0, 10),)), resamples=200, confidence=0.95)
+    assert (one.value, one.low, one.high) == (pytest.approx(math.exp(1.1) - math.e), None, None)
+
+
 def test_perplexity_reports_window_and_token_means():
     perplexity = Perplexity(((20.0, 10), (1.0, 1)))
     assert perplexity.window_mean == pytest.approx(math.exp((2.0 + 1.0) / 2))
@@ -92,6 +190,66 @@ def test_describe_scores_of_constructed_scores_gives_known_values():
     assert description["skewness"] == pytest.approx((3 * (-1.0) ** 3 + 27) / 4 / 3**1.5)
     assert (description["above 0.5"], description["above 4"]) == (0.25, 0.0)
     assert describe_scores(np.ones(4), (0.5,))["skewness"] is None
+
+
+def test_describe_factors_of_constructed_changes_gives_known_values():
+    rms = torch.tensor([[1.0, 1.0, 1.0, 5.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
+    relative = torch.tensor([[0.1, 0.2, 0.3, 0.2], [0.0, 0.0, 0.0, 4.0]], dtype=torch.float64)
+    ranking = rank_changes(rms, relative, exclude_layers=(1,))
+    factors = describe_factors(ranking, np.array([[True] * 4, [False] * 4]))
+    assert factors["rms_skewness"] == pytest.approx((3 * (-1.0) ** 3 + 27) / 4 / 3**1.5)
+    assert factors["relative_skewness"] == pytest.approx(0, abs=1e-5), "scores are float32"
+    assert factors["own_factor_share"] == pytest.approx(1), "one token is one factor"
+    opposite = torch.tensor([[[1.0, 1.0]], [[1.0, -1.0]]], dtype=torch.float64)
+    d = torch.tensor([[[2.0, 2.0]], [[2.0, 2.0]]], dtype=torch.float64)
+    ranking = rank_activations(opposite, d)
+    assert describe_factors(ranking, np.array([[True, False]]))["own_factor_share"] == pytest.approx(1), "b = 2"
+    factors = describe_factors(ranking, np.array([[False, True]]))
+    assert factors["own_factor_share"] == pytest.approx(2 / 10), "b = 0: own 2, content 8"
+    assert set(describe_factors(order(*range(20)), np.ones(SHAPE, bool)).values()) == {None}
+
+
+def test_distribution_leaves_excluded_layers_out_of_all(tmp_path, zoo):
+    with ExperimentContext(
+        load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers"
+    ) as context:
+        ranking = context.ranking()
+        *layers, total = experiments.run("distribution", context, {"k": 0.1}).tables["distribution"]
+    assert [row["ranked"] for row in layers] == [True, True, False]
+    scores = ranking.scores[:-1].double()
+    assert total["mean"] == pytest.approx(scores.mean().item())
+    assert total["max"] == pytest.approx(scores.max().item())
+    assert layers[-1]["max"] == pytest.approx(ranking.scores[-1].max().item())
+    changes, own = (
+        t[:-1].sum().item() for t in (ranking.statistics.sums[:, 4], ranking.statistics.own_factor_changes())
+    )
+    assert total["own_factor_share"] == pytest.approx(own / changes)
+
+
+def test_neuron_tokens_have_the_sign_of_the_change(tmp_path, zoo):
+    with ExperimentContext(
+        load_experiment_config(config_file(tmp_path, zoo("llama"))), tmp_path / "out", backend="transformers"
+    ) as context:
+        ranking = context.ranking()
+        report = experiments.run("neuron_tokens", context, {"neurons": 6, "tokens": 3})
+        rows = report.tables["neuron_tokens"]
+        logits = neuron_logits(zoo("llama").folder, ranking, 6)
+        key = next(iter(context._rankings))
+        context._rankings[key] = replace(ranking, moments={})
+        without_means = experiments.run("neuron_tokens", context, {"neurons": 6, "tokens": 3})
+    changes = mean_changes(ranking, 6)
+    for rank in range(6):
+        promoted, suppressed = (
+            [row["token_id"] for row in rows if (row["rank"], row["effect"]) == (rank, effect)]
+            for effect in ("promoted", "suppressed")
+        )
+        largest, smallest = (logits[rank].topk(3, largest=is_largest).indices.tolist() for is_largest in (True, False))
+        assert (promoted, suppressed) == ((largest, smallest) if changes[rank] > 0 else (smallest, largest))
+    assert 0 < (changes < 0).sum() < 6, "both signs occur"
+    assert "its mean change of " in report.headline[0]
+    assert "its own output, because the ranking has no mean activations" in without_means.headline[0]
+    first = [row["token_id"] for row in without_means.tables["neuron_tokens"][:3]]
+    assert first == logits[0].topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -132,7 +290,7 @@ def test_neuron_tokens_loads_no_second_model(tmp_path, zoo, monkeypatch):
         context.ranking()
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a second model"))
         rows = experiments.run("neuron_tokens", context, {"neurons": 3, "tokens": 4}).tables["neuron_tokens"]
-    assert len(rows) == 12
+    assert len(rows) == 3 * 2 * 4
 
 
 def config_file(folder: Path, tiny_model, change=lambda text: text) -> Path:
@@ -333,7 +491,7 @@ ORDER = {
     "alignment_tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"]},
     "perplexity": {"text": "t", "k": [0, 0.5], "window": 16},
     "guard": {"k": [5], "folds": 2, "controls": 1, "harm_threshold": -1.0},
-    "objectives": {"k": 0.1, "more_k": [0.2]},
+    "objectives": {"k": 0.1, "more_k": [0.2], "effect_k": [0.1]},
 }
 
 

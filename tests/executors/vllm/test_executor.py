@@ -630,6 +630,8 @@ def test_contrast_generates_completions_and_excludes_eos(eos_engines, positions)
     )
     assert actual.meta["tokens"] == expected.meta["tokens"]
     assert (actual.scores - expected.scores).abs().max() <= 1e-5 * expected.scores.max()
+    assert torch.equal(actual.half.count, expected.half.count)
+    assert (actual.half.sums - expected.half.sums).abs().max() <= 1e-5 * expected.half.sums.abs().max()
     assert any(c.token_ids[-1] == token for c in reference.generate(IDS, "sft", sampling)), "no completion ends early"
 
 
