@@ -23,6 +23,7 @@ class TransferSettings(SweepSettings):
         text: Text of the perplexity, see PerplexitySettings; empty to leave the perplexity out.
         window: See PerplexitySettings.
         controls: Random controls.
+        extra_controls: See SweepConfig.
     """
 
     k: int | float = 20_000
@@ -30,6 +31,7 @@ class TransferSettings(SweepSettings):
     text: str = "text"
     window: int = 4096
     controls: int = 0
+    extra_controls: tuple[str, ...] = ()
 
 
 def run(context: ExperimentContext, settings: TransferSettings) -> Report:

@@ -23,11 +23,13 @@ class EffectSettings(SweepSettings):
         effect_k: Numbers of first neurons of each ranking to patch: ints, or fractions of the ranked neurons.
         prompts: Prompt set of the experiment config to patch on; empty for its first benchmark.
         controls: Random controls of each patch.
+        extra_controls: See SweepConfig.
     """
 
     effect_k: tuple[int | float, ...] = (20_000,)
     prompts: str = ""
     controls: int = 0
+    extra_controls: tuple[str, ...] = ()
 
 
 def build_effect_report(
@@ -49,7 +51,7 @@ def build_effect_report(
     prompts = settings.prompts or context.config.benchmarks[0]
     result = context.sweep(name, prompts, dict(rankings), context.cost, config)
     report = build_sweep_report(result, f"{name}-effects")
-    patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control_seed is None]
+    patched = [asdict(row) for row in result.rows if row.ranking is not None and row.control is None]
     rows = summarize_effects(patched)
 
     def format_overlap(row: Row) -> str:
