@@ -104,4 +104,4 @@ def _draw_bars(axis: Axes, rows: Sequence[Row], labels: Sequence[str], columns: 
     for i, (name, label) in enumerate(columns.items()):
         heights = [np.nan if row[name] is None else row[name] for row in rows]
         axis.bar(positions + (i - (len(columns) - 1) / 2) * width, heights, width, label=label)
-    axis.set_xticks(positions, labels, fontsize=7)
+    axis.set_xticks(positions, labels, fontsize=7, rotation=25, ha="right")
