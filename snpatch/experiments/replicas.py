@@ -268,7 +268,8 @@ class _Team:
                 time.sleep(generation.POLL_SECONDS)
 
     def read(self, readings: list[Reading]) -> Iterator[tuple[Reading, float]]:
-        """Yield the log-probability of each reading; the replicas read equal parts of them."""
+        """Yield the log-probability of each reading; the replicas read equal parts of them, and generate no more."""
+        ray.get(self._shared_queue.close.remote())  # an actor runs one method at a time
         actors = list(self._actors.values())
         parts = [readings[number :: len(actors)] for number in range(len(actors))]
         try:

@@ -106,7 +106,7 @@ def test_demo_runs_in_an_empty_environment(distributions, empty_environment, tmp
     assert (out / "report.html").is_file()
     with (out / "curve.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["recipient"] == "sft" and row["ranking"]]
-    effects = {row["rank_hi"]: float(row["effect"]) for row in rows if not row["control_seed"]}
+    effects = {row["rank_hi"]: float(row["effect"]) for row in rows if not row["control"]}
     assert effects["0"] == 0
     assert effects["256"] > 0.5
     assert effects["2560"] > 0.9

@@ -46,7 +46,8 @@ def _row(judge: str, name: str, point: tuple, draw: random.Random) -> dict:
     )
     is_patched = ranking is not None and k > 0
     return {
-        "judge": judge, "set": name, "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed,
+        "judge": judge, "set": name, "recipient": recipient, "donor": donor, "ranking": ranking,
+        "control": None if seed is None else "per_layer", "control_seed": seed,
         "rank_lo": 0, "rank_hi": k, "strength": 1.0, "neuron_fraction": k / 16384, "prompts": 6,
         "tokens": 768, "overwrites": k * 768,
         "mean": mean, "mean_low": mean - 0.3, "mean_high": mean + 0.3,
@@ -69,7 +70,8 @@ def _record(index: int, point: tuple, words: int, draw: random.Random) -> dict:
     return {
         "set": SETS[index % 2], "prompt_index": index, "seed": None,
         "prompt": f"Question {index}: how would one do it?",
-        "recipient": recipient, "donor": donor, "ranking": ranking, "control_seed": seed, "rank_lo": 0, "rank_hi": k,
+        "recipient": recipient, "donor": donor, "ranking": ranking,
+        "control": None if seed is None else "per_layer", "control_seed": seed, "rank_lo": 0, "rank_hi": k,
         "strength": 1.0, "state": "done", "error": None, "completion": " ".join(completion_words),
         "finish_reason": "stop", "overwrites": k * words,
         "scores": {judge: draw.gauss(1 + k / 1000, 1) for judge in JUDGES},

@@ -14,7 +14,9 @@ from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.sweep import sweep
 
 GREEDY = Sampling(max_tokens=6)
-CONFIG = SweepConfig(("sft",), "dpo", (0, 70, 300), controls=1, sampling=GREEDY, resamples=50)
+CONFIG = SweepConfig(  # without readings, whose last digits depend on the batch
+    ("sft",), "dpo", (0, 70, 300), controls=1, extra_controls=(), coherence=False, sampling=GREEDY, resamples=50
+)
 LONG = replace(CONFIG, windows=tuple(range(0, 301, 30)))  # what the processes below run
 ADAPTERS = {"sft": GOLDEN / "adapters/sft", "dpo": [GOLDEN / "adapters/sft", GOLDEN / "adapters/dpo"]}
 

@@ -9,10 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from commands import GOLDEN
-from swept import GREEDY, LONG, Forks, judge, run, start
+from swept import CONFIG, GREEDY, LONG, Forks, judge, run, start
 
 from snpatch import Sampling, SnpatchError
 from snpatch.data import load_dataset
@@ -261,7 +262,7 @@ def test_added_judge_scores_stored_completions_without_generating(engine, chats,
     assert not stored_keys
     assert (len(first.judged_pairs), sorted(second.judged_pairs)) == (n, sorted(first.judged_pairs))
     assert result.judges == ["one", "two"]
-    config = SweepConfig(("sft",), "dpo", (0, 70, 300, 500), controls=1, sampling=GREEDY, resamples=50)
+    config = replace(CONFIG, windows=(0, 70, 300, 500))
     run(engine, chats, ranking, tmp_path, judges={"one": first}, config=config)
     assert 0 < len(stored_keys) <= 2 * len(chats), "a larger grid generates only new completions"
 
@@ -313,7 +314,7 @@ def test_equal_requests_are_generated_once(engine, chats, ranking, tmp_path, mon
     """Run k = 0 of all rankings, and the same neurons under another name or in another order."""
     stored_keys = record_keys(monkeypatch)
     shuffled = type(ranking).from_order(ranking.top(70).flip(0), ranking.shape)
-    config = SweepConfig(("sft",), "dpo", (0, 70), controls=0, sampling=GREEDY)
+    config = SweepConfig(("sft",), "dpo", (0, 70), controls=0, extra_controls=(), sampling=GREEDY)
     rankings = {"safety": ranking, "same": ranking, "shuffled": shuffled}
     result = sweep(engine, chats, rankings, {"cost": judge}, config, store=tmp_path)
     assert len(stored_keys) == 4 * len(chats), "two models, k = 0 and k = 70"
@@ -324,7 +325,7 @@ def test_equal_requests_are_generated_once(engine, chats, ranking, tmp_path, mon
 
 def test_each_donor_strength_and_sample_is_a_point(engine, chats, ranking, tmp_path):
     config = SweepConfig(
-        ("sft", "base"), ("dpo", "sft"), (70,), strengths=(1, 0.5), controls=1, samples=3, resamples=50,
+        ("sft", "base"), ("dpo", "sft"), (70,), strengths=(1, 0.5), controls=1, extra_controls=(), samples=3, resamples=50,
         sampling=Sampling(temperature=1.0, max_tokens=6, seed=5),
     )  # fmt: skip
     result = run(engine, chats, ranking, tmp_path, config=config)

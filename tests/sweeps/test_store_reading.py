@@ -24,7 +24,7 @@ STATES = {"k0": "done", "k1": "done", "k2": "failed", "k3": "open", "k4": "faile
 def build_labels(index: int) -> dict:
     return {
         "set": "s", "prompt_index": index, "prompt": PROMPT, "sample": 0, "recipient": "base", "donor": None,
-        "ranking": None, "control_seed": None, "rank_lo": 0, "rank_hi": 0, "strength": 1.0,
+        "ranking": None, "control": None, "control_seed": None, "rank_lo": 0, "rank_hi": 0, "strength": 1.0,
     }  # fmt: skip
 
 
