@@ -12,6 +12,7 @@ from snpatch.experiments.context import ExperimentContext
 from snpatch.report.formatting import describe_score, format_percent, format_with_interval, to_plot_label
 from snpatch.report.report import Report, Row, TableView
 from snpatch.sweeps.sweep import SweepResult
+from snpatch.utils.optional import require
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run(context: ExperimentContext, settings: CompetitionSettings) -> Report:
 def _build_row(judge: str, name: str, result: SweepResult, recipient: str, ranking: str) -> Row:
     """Return a benchmark's row: the means of the three models, the effect, and the random controls."""
     (patched,) = result.line(judge, recipient, ranking)
-    control_means = [control.mean for control in result.controls(patched)]
+    control_means = [require(control.mean) for control in result.controls(patched)]
     return {
         "set": name,
         "recipient": recipient,

@@ -15,6 +15,7 @@ from snpatch.ranking.ranking import Ranking
 from snpatch.report.formatting import format_percent, format_value, format_with_interval, to_plot_label
 from snpatch.report.report import Report, Row, TableView
 from snpatch.sweeps.sweep import SweepResult
+from snpatch.utils.optional import require
 
 
 def build_effects_report(
@@ -74,9 +75,8 @@ def _mean_effect(result: SweepResult, row) -> float | None:
 
 def _gap(context: ExperimentContext, result: SweepResult, recipient: str) -> float:
     """Return how much less the donor costs than the recipient."""
-    recipient_mean, donor_mean = (
-        result.baseline(model, context.config.cost).mean for model in (recipient, context.config.donor)
-    )
+    models = (recipient, context.config.donor)
+    recipient_mean, donor_mean = (require(result.baseline(model, context.config.cost).mean) for model in models)
     return recipient_mean - donor_mean
 
 
