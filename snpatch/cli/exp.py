@@ -105,7 +105,10 @@ def run_experiments(
         )
     experiment_config = load_experiment_config(config, trust)
     for name in {**experiment_config.settings, **dict.fromkeys(selected)}:
-        experiments.resolve_settings(experiment_config, name, settings if name in selected else None)
+        resolved = experiments.resolve_settings(experiment_config, name, settings if name in selected else None)
+        if names == ["all"] and (missing := experiments.find_missing(experiment_config, name, resolved)):
+            selected.remove(name)
+            o.echo(f"snpatch: {name}: skipped: it {missing}", is_error=True)
     for name in selected:
         check_writable(out / f"{name}.csv")
     failed, paths = {}, []

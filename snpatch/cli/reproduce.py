@@ -15,8 +15,8 @@ from snpatch.utils.parsing import parse_pairs
 Model = Annotated[
     str,
     typer.Option(
-        help="Preset: llama2-7b, mistral-7b, gemma-7b (trained by the paper's recipe); qwen3-4b-saferl, tulu-2-7b, "
-        "llama-3-8b-sft-dpo (public pairs); demo; or a preset file (.toml)."
+        help="Preset: llama2-7b, mistral-7b, gemma-7b, qwen2.5-3b (trained by the paper's recipe); qwen3-4b-saferl, "
+        "tulu-2-7b, llama-3-8b-sft-dpo (public pairs); demo; or a preset file (.toml)."
     ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Output folder. Repeat the command with it to resume.")]
@@ -88,18 +88,19 @@ def reproduce(
 
 def _run(pipeline, only: tuple[str, ...], start_at: str | None, as_json: bool) -> None:
     """Run the steps, write the report, and exit with code 1 if an experiment failed."""
+    from snpatch import experiments
     from snpatch.reproduce import markdown_report
 
     failed = pipeline.run(only, start_at, log=lambda line: o.echo(line, is_error=True))
     paths = markdown_report.write(pipeline)
-    if markdown_report.list_finished(pipeline):
+    if any(name in experiments.NAMES for name in pipeline.list_finished()):
         paths.append(write_folder_page(pipeline.out, pipeline.out / FILE))
     if as_json:
         o.echo(json.dumps({"failed": failed, "files": [str(path) for path in paths]}))
     else:
         o.echo("wrote " + ", ".join(str(path) for path in paths))
     if failed:
-        o.echo(f"snpatch: {len(failed)} experiments failed: {', '.join(failed)}; see above", is_error=True)
+        o.echo(f"snpatch: {len(failed)} steps failed: {', '.join(failed)}; see above", is_error=True)
         raise typer.Exit(1)
 
 

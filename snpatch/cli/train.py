@@ -126,8 +126,8 @@ def dpo(
     objective: Annotated[
         str | None,
         typer.Option(
-            help="The paper's preference data, in place of DATA: safety, helpful, shp, reasoning, stack-exchange, "
-            "reward-bench-safety."
+            help="The paper's preference data, in place of DATA: safety, helpful, harmless-helpful, shp, reasoning, "
+            "stack-exchange, reward-bench-safety."
         ),
     ] = None,
     save_steps: SaveSteps = 100,

@@ -115,6 +115,16 @@ class Dataset:
             raise SnpatchError(f"{self.name}: first: expected at least 1 example, got {n}")
         return self._select(self.examples[:n], f"first {n}")
 
+    def last(self, n: int) -> "Dataset":
+        """Return the last n examples, or all if there are fewer.
+
+        Raises:
+            SnpatchError: n is less than 1.
+        """
+        if check_argument(n, int, "last: n") < 1:
+            raise SnpatchError(f"{self.name}: last: expected at least 1 example, got {n}")
+        return self._select(self.examples[-n:], f"last {n}")
+
     def sample(self, n: int, seed: int) -> "Dataset":
         """Return n examples drawn without replacement.
 

@@ -239,6 +239,7 @@ def shorten_repr(value: object) -> str:
 STACK = "prhegde/preference-data-math-stack-exchange"
 HH, SHAREGPT = "Anthropic/hh-rlhf", "anon8231489123/ShareGPT_Vicuna_unfiltered"
 SHAREGPT_FILE = f"hf://datasets/{SHAREGPT}@{{revision}}/HTML_cleaned_raw_dataset/sg_90k_part%d_html_cleaned.json"
+HH_FILES = tuple(f"hf://datasets/{HH}@{{revision}}/{kind}-base/{{split}}.jsonl.gz" for kind in ("harmless", "helpful"))
 HARMBENCH_FILE = (
     "https://raw.githubusercontent.com/centerforaisafety/HarmBench/{revision}"
     "/data/behavior_datasets/harmbench_behaviors_text_{split}.csv"
@@ -253,6 +254,7 @@ DATASETS: dict[str, Format] = {
     ),
     "hh-harmless": Format(hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="harmless-base")),
     "hh-helpful": Format(hh, (("chosen", "rejected"),), Hub(HH, "test", data_dir="helpful-base")),
+    "hh": Format(hh, (("chosen", "rejected"),), Hub(HH, "test", files=HH_FILES)),
     "red-team-attempts": Format(red_team, (("transcript",),), Hub(HH, "train", data_dir="red-team-attempts")),
     "harmbench": Format(
         _harmbench,

@@ -17,6 +17,7 @@ class PromptSet:
         source: See load_dataset; so are format, split, column and revision.
         filter: A column and the values of its rows that are used; empty: all rows.
         first: Number of rows from the start.
+        last: Number of rows from the end, of which a sample is drawn.
         sample: Number of rows drawn with `seed`.
         seed: Seed of the sample.
         distinct: See load_dataset.
@@ -29,13 +30,15 @@ class PromptSet:
     revision: str | None = None
     filter: tuple[str, ...] = ()
     first: int | None = None
+    last: int | None = None
     sample: int | None = None
     seed: int = 0
     distinct: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.first is not None and self.sample is not None:
-            raise SnpatchError(f"set {self.source}: give first or sample, not both")
+        if self.first is not None and (self.sample is not None or self.last is not None):
+            other = "sample" if self.last is None else "last"
+            raise SnpatchError(f"set {self.source}: give first or {other}, not both")
         if self.seed and self.sample is None:
             raise SnpatchError(f"set {self.source}: expected seed with sample, got it alone. Give both, or neither.")
 
@@ -52,6 +55,8 @@ class PromptSet:
         )
         if self.filter:
             data = data.filter(*self.filter)
+        if self.last is not None:
+            data = data.last(self.last)
         if self.sample is not None:
             return data.sample(self.sample, self.seed)
         return data if self.first is None else data.first(self.first)

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from snpatch.errors import unknown_name
+from snpatch.errors import SnpatchError, unknown_name
+from snpatch.experiments.requirements import find_missing
 from snpatch.report.report import Report
 from snpatch.utils.schema import from_dict
 
@@ -22,16 +23,21 @@ DESCRIPTIONS = {
     "curve": "cost against k, with random controls",
     "sliding_window": "effect of a window that slides over the ranks",
     "necessity": "effect of all but the top k, of the reverse patch, and of a masked adapter",
-    "transfer": "mean cost, effect and perplexity on every benchmark (Table 1)",
+    "curve_over_seeds": "the curve of every training seed: mean and interval over seeds (Figure 2)",
+    "transfer": "mean cost, effect and perplexity on every benchmark (Tables 1 and 8)",
     "stability": "agreement of the rankings of several training seeds",
     "objectives": "agreement of the rankings of several objectives",
-    "alignment_tax": "cost and reward when two objectives' shared neurons are patched",
+    "model_pairs": "neurons found by comparing other pairs of models, on the text of either (D.1)",
+    "specificity": "neurons found on other prompt sets (C.4)",
+    "alignment_tax": "cost and reward when two objectives patch each other (Table 3)",
+    "competition": "a model of one objective, patched from a model of two (E.4)",
     "perplexity": "perplexity on unrelated text against k",
     "distribution": "distribution of change scores by layer",
     "neuron_tokens": "tokens that the top neurons promote",
     "positions": "rankings computed at different token positions",
     "guard": "accuracy of guards by k and across prompt sets, against controls and baselines",
     "safeguard": "harm that a guard prevents, and harmless prompts that it refuses",
+    "judge_agreement": "two judges on the same completions (E.1)",
 }
 NAMES = tuple(DESCRIPTIONS)
 
@@ -65,6 +71,8 @@ def run(name: str, context: "ExperimentContext", settings: Mapping[str, object] 
         SnpatchError: An unknown name or setting, or a config that lacks what the experiment needs.
     """
     resolved = resolve_settings(context.config, name, settings)
+    if missing := find_missing(context.config, name, resolved):
+        raise SnpatchError(missing)
     provenance = context.start_provenance()
     report = _import_experiment(name).run(context, resolved)
     return provenance.complete(report, asdict(resolved))

@@ -1,25 +1,34 @@
-"""Alignment tax: two objectives share neurons but need different activations of them (paper, section 2).
+"""Alignment tax: two objectives share neurons but need different activations of them (the paper's Table 3).
 
-Patches each objective's model from the other's on the neurons that both objectives' top k share, and measures cost and
-reward before and after.
+The models of two objectives patch each other on the neurons that two other objectives share, because neurons of the
+patched models themselves would be chosen for the change that is measured.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from snpatch.config import CONFIDENCE, RESAMPLES
-from snpatch.errors import SnpatchError, unknown_name
+from snpatch.errors import SnpatchError
 from snpatch.experiments.context import ExperimentContext
 from snpatch.ranking.ranking import Ranking
 from snpatch.ranking.window import Window
-from snpatch.report.formatting import describe_score, format_p_value, format_with_interval, to_plot_label
-from snpatch.report.report import Report, TableView
+from snpatch.report.formatting import (
+    describe_score,
+    format_interval,
+    format_p_value,
+    format_with_interval,
+    to_plot_label,
+)
+from snpatch.report.report import Report, Row, TableView
 from snpatch.significance import paired_p
-from snpatch.statistics import interval
+from snpatch.statistics import UNDEFINED, Interval, interval
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.sweep import SweepResult
+
+MEANINGS = {"cost": ("less safe", "safer"), "reward": ("more helpful", "less helpful")}  # of a rise and of a fall
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,10 @@ class AlignmentTaxSettings:
     """Settings of the alignment tax.
 
     Args:
-        objectives: Names of two contrasts of the experiment config.
-        k: Top neurons whose intersection is patched: an int, or a fraction of the ranked neurons.
-        prompts: Prompt sets; empty for the first benchmark and "helpful".
+        objectives: Names of two contrasts of the experiment config, whose donors patch each other.
+        neurons: Names of two contrasts, whose shared top neurons are patched.
+        k: Top neurons of `neurons` whose intersection is patched: an int, or a fraction of the ranked neurons.
+        prompts: Prompt sets; empty for the first benchmark.
         judges: Names of the config's judges; empty for all.
         controls: Random controls.
         resamples: Bootstrap resamples of each interval.
@@ -37,6 +47,7 @@ class AlignmentTaxSettings:
     """
 
     objectives: tuple[str, str] = ("safety", "helpful")
+    neurons: tuple[str, str] = ("reward-bench-safety", "shp")
     k: int | float = 20_000
     prompts: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
@@ -47,28 +58,22 @@ class AlignmentTaxSettings:
 
 def run(context: ExperimentContext, settings: AlignmentTaxSettings) -> Report:
     """Patch in both directions on the shared neurons, with random controls of the same size."""
-    contrasts = []
-    for name in settings.objectives:
-        if name not in context.config.contrasts:
-            raise unknown_name("alignment_tax: contrast", name, context.config.contrasts)
-        contrasts.append(context.config.contrasts[name])
-    first, second = (context.ranking(contrast) for contrast in contrasts)
+    models = [context.config.contrasts[name].donor for name in settings.objectives]
+    first, second = (context.ranking(context.config.contrasts[name]) for name in settings.neurons)
     k = context.num_neurons(settings.k, first)
     shared = intersect_top(first, second, k)
     judges = {name: context.judge(name) for name in settings.judges or context.config.judges}
-    sets = settings.prompts or (context.config.benchmarks[0], "helpful")
+    sets = settings.prompts or context.config.benchmarks[:1]
     for name in sets:  # raises before anything is generated
         context.data(name)
     rows, records, notes = [], [], []
-    for recipient, donor in (
-        (contrasts[0].donor, contrasts[1].donor),
-        (contrasts[1].donor, contrasts[0].donor),
-    ):
+    for recipient, donor in (models, models[::-1]):
         config = SweepConfig(
             (recipient,),
             (donor,),
             (Window(0, len(shared)),),
             controls=settings.controls,
+            extra_controls=(),
             sampling=context.sampling,
             resamples=settings.resamples,
             confidence=settings.confidence,
@@ -78,12 +83,14 @@ def run(context: ExperimentContext, settings: AlignmentTaxSettings) -> Report:
             rows += _compare_scores(result, prompts, settings)
             notes += result.notes
             records += [{**record, "donor": donor} for record in result.records]
+    certainty = f"{settings.confidence:.0%} CI"
     columns = {
         "patched": lambda row: f"{row['donor']} -> {row['recipient']}",
         "set": "set",
         "judge": "judge",
         "before": "before",
-        f"change {settings.confidence:.0%} CI": lambda row: format_with_interval(row, "change"),
+        f"change {certainty}": lambda row: format_with_interval(row, "change"),
+        f"random {certainty}": lambda row: format_with_interval(row, "random_change"),
         "p": lambda row: format_p_value(row["p"]),
     }
     return Report(
@@ -91,9 +98,9 @@ def run(context: ExperimentContext, settings: AlignmentTaxSettings) -> Report:
         {"alignment_tax": rows},
         {"alignment_tax": _plot(rows)},
         (TableView.from_rows(rows, columns),),
-        _build_headline(rows, k),
+        build_headline(rows, f"{settings.neurons[0]} and {settings.neurons[1]} share in their top {k}"),
         records=records,
-        notes=[*dict.fromkeys(notes)],
+        notes=list(dict.fromkeys(notes)),
     )
 
 
@@ -106,21 +113,18 @@ def intersect_top(first: Ranking, second: Ranking, k: int) -> Ranking:
     return Ranking.from_order(common.top(n), first.shape, meta={"shared_by_top": k})
 
 
-def _compare_scores(result: SweepResult, prompts: str, settings: AlignmentTaxSettings) -> list[dict]:
+def _compare_scores(result: SweepResult, prompts: str, settings: AlignmentTaxSettings) -> list[Row]:
     """Return one row per judge: mean score before and after, and the change, paired over prompts."""
     (recipient,), donor = result.config.recipients, result.donor
     rows = []
     for judge in result.judges:
         before, after = (_collect_scores(result, judge, recipient, ranking) for ranking in (None, "shared"))
-        change = interval(
-            lambda a, b, axis: a.mean(axis) - b.mean(axis),
-            after,
-            before,
-            resamples=settings.resamples,
-            confidence=settings.confidence,
-        )
         (patched,) = result.line(judge, recipient, "shared")
-        random_changes = [control.mean - before.mean() for control in result.controls(patched)]
+        controls = [
+            _collect_scores(result, judge, recipient, "shared", row.control, row.control_seed)
+            for row in result.controls(patched)
+        ]
+        random_change = _measure_change(np.mean(controls, axis=0), before, settings) if controls else UNDEFINED
         rows.append(
             {
                 "donor": donor,
@@ -130,32 +134,63 @@ def _compare_scores(result: SweepResult, prompts: str, settings: AlignmentTaxSet
                 "k": patched.rank_hi,
                 "before": before.mean(),
                 "after": after.mean(),
-                **change.columns("change"),
+                **_measure_change(after, before, settings).columns("change"),
                 "p": paired_p(after, before),
                 "donor_mean": result.baseline(donor, judge).mean,
-                "random_change": float(np.mean(random_changes)) if random_changes else None,
+                **random_change.columns("random_change"),
             }
         )
     return rows
 
 
-def _collect_scores(result: SweepResult, judge: str, recipient: str, ranking: str | None) -> np.ndarray:
-    key = recipient, ranking, None
-    records = [r for r in result.records if (r["recipient"], r["ranking"], r["control"]) == key]
+def _measure_change(after: np.ndarray, before: np.ndarray, settings: AlignmentTaxSettings) -> Interval:
+    """Return the change of the mean with its bootstrap interval over prompts."""
+    return interval(
+        lambda a, b, axis: a.mean(axis) - b.mean(axis),
+        after,
+        before,
+        resamples=settings.resamples,
+        confidence=settings.confidence,
+    )
+
+
+def _collect_scores(
+    result: SweepResult,
+    judge: str,
+    recipient: str,
+    ranking: str | None,
+    control: str | None = None,
+    control_seed: int | None = None,
+) -> np.ndarray:
+    key = recipient, ranking, control, control_seed
+    records = [r for r in result.records if (r["recipient"], r["ranking"], r["control"], r["control_seed"]) == key]
     return np.array([record["scores"][judge] for record in records])
 
 
-def _build_headline(rows: list[dict], k: int) -> list[str]:
-    """Write one sentence per direction: the change of each judge's mean on each set."""
+def build_headline(rows: Sequence[Row], neurons: str) -> list[str]:
+    """Write one sentence per direction: the change of each judge's mean and what its sign means.
+
+    Args:
+        rows: Rows of the table.
+        neurons: Description of the patched neurons.
+    """
     sentences = []
     for donor, recipient in dict.fromkeys((row["donor"], row["recipient"]) for row in rows):
         group = [row for row in rows if (row["donor"], row["recipient"]) == (donor, recipient)]
-        changes = ", ".join(f"{row['judge']} {row['change']:+.2f} on {row['set']}" for row in group)
-        sentences.append(f"{donor} into {recipient} on the {group[0]['k']} neurons of both top {k}: {changes}.")
+        changes = "; ".join(f"{row['judge']} {_describe_change(row)} on {row['set']}" for row in group)
+        sentences.append(f"{recipient} patched from {donor} on the {group[0]['k']} neurons that {neurons}: {changes}.")
     return sentences
 
 
-def _plot(rows: list[dict]) -> Figure:
+def _describe_change(row: Row) -> str:
+    """Return a change with its interval and its meaning, which is unclear if the interval contains zero."""
+    low, high = row["change_low"], row["change_high"]
+    rise, fall = MEANINGS.get(row["judge"], ("higher", "lower"))
+    meaning = rise if low > 0 else fall if high < 0 else "no clear change"
+    return f"{row['change']:+.2f} ({format_interval(row, 'change')}: {meaning})"
+
+
+def _plot(rows: list[Row]) -> Figure:
     """Plot the change of each judge's mean, by set and direction."""
     judges = list(dict.fromkeys(row["judge"] for row in rows))
     figure = Figure(figsize=(5.5 * len(judges), 4), layout="constrained")

@@ -14,6 +14,8 @@ from snpatch.sweeps.eval_config import EvalConfig, check_trusted, get_table, par
 from snpatch.utils import schema
 from snpatch.utils.schema import from_dict
 
+PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), *range(10_000, 20_001, 2000))
+
 
 @dataclass(frozen=True)
 class Contrast:

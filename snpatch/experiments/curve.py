@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config, build_sweep_report
+from snpatch.experiments.config import PAPER_K
 from snpatch.experiments.context import ExperimentContext
 from snpatch.report.report import Report
-
-PAPER_K = (0, 200, 400, 600, 800, 1000, 1200, 1500, *range(2000, 10_000, 1000), *range(10_000, 20_001, 2000))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 - `steps`: steps that run once
 - `launching`: training commands and their processes
 - `pipeline`: the steps of a preset and the experiment config that they make
-- `cost_model`, `plan`: estimates and the table of `--dry-run`
-- `paper`, `comparison`: the paper's numbers, next to the measured ones
-- `report`: report.md, report.json, reproduction.csv
+- `ability`: general ability by lm-evaluation-harness
+- `cost_model`, `run_plan`: estimates and the table of `--dry-run`
+- `paper`, `paper_comparison`: the paper's numbers, next to the measured ones
+- `markdown_report`: report.md, report.json, reproduction.csv
 """

@@ -18,7 +18,7 @@ from snpatch import experiments
 from snpatch.data.prompt_set import PromptSet
 from snpatch.experiments.config import ExperimentConfig
 from snpatch.models.checkpoint import load_config
-from snpatch.names import CONTRAST_POSITIONS
+from snpatch.names import CONTRAST_POSITIONS, ROLES
 from snpatch.reproduce.pipeline import ADAPTERS, CONTRAST_STEPS, AdapterTraining, Pipeline
 from snpatch.reproduce.preset import PRESET_NAMES, Size
 from snpatch.utils.optional import require
@@ -64,6 +64,8 @@ def estimate_cost(pipeline: Pipeline, name: str, size: Size | None) -> CostEstim
         return _estimate_training(pipeline, pipeline.trainings[name], size)
     if name.startswith(tuple(f"{prefix}-" for _, prefix in CONTRAST_STEPS)):
         return _estimate_generation(pipeline, _num_contrast_prompts(pipeline), pipeline.config.contrast_tokens, size)
+    if name in pipeline.ability_targets:
+        return _estimate_ability(pipeline, size)
     return _estimate_experiment(pipeline, name, size)
 
 
@@ -149,13 +151,29 @@ def _num_training_tokens(pipeline: Pipeline, name: str, data: PromptSet) -> floa
 def _estimate_experiment(pipeline: Pipeline, name: str, size: Size) -> CostEstimate:
     config, settings = pipeline.config, experiments.resolve_settings(pipeline.config, name)
     completions = _num_completions(pipeline, name)
-    contrast_completions = (len(CONTRAST_POSITIONS) - 1) * _num_contrast_prompts(pipeline) if name == "positions" else 0
+    contrast_completions = _num_extra_contrasts(pipeline, name, settings) * _num_contrast_prompts(pipeline)
     cost = _estimate_generation(pipeline, completions, config.max_tokens, size, contrast_completions)
     if name in ("perplexity", "transfer") and settings.text:
         points = len(config.recipients) * (len({0, *settings.k}) if name == "perplexity" else 2) + 1
         seconds = points * WIKITEXT_TOKENS * 2 * 2 * size.parameters / TRAIN_FLOPS
         return CostEstimate(require(cost.seconds) + seconds, cost.disk_gb, f"{cost.source}; {points} perplexities")
     return cost
+
+
+def _estimate_ability(pipeline: Pipeline, size: Size) -> CostEstimate:
+    """Return the cost of all tasks of general ability: prompts and completions, in two streams."""
+    sizes, prompt_tokens, new_tokens = read_sizes()["ability"], 0, 0
+    for name, task in pipeline.preset.ability.tasks.items():
+        if name not in sizes:
+            return CostEstimate(None, source=f"rows of unknown size: {name}")
+        task_size = sizes[name]
+        rows = min(task_size["rows"], (task.limit or task_size["rows"]) * task_size.get("tasks", 1))
+        prompt_tokens += rows * task_size["prompt_tokens"]
+        new_tokens += rows * task_size["new_tokens"]
+    generation = require(_estimate_generation(pipeline, 1, new_tokens, size).seconds)
+    reading = prompt_tokens * 2 * 2 * size.parameters / TRAIN_FLOPS
+    source = f"modeled for an H100: {prompt_tokens:.3g} prompt tokens and {new_tokens:.3g} new ones"
+    return CostEstimate(generation + reading, source=source)
 
 
 def _estimate_generation(
@@ -189,6 +207,19 @@ def _num_completions(pipeline: Pipeline, name: str) -> int:
     return count(pipeline, experiments.resolve_settings(pipeline.config, name)) if count else 0
 
 
+def _num_extra_contrasts(pipeline: Pipeline, name: str, settings) -> int:
+    """Return the contrasts that an experiment makes besides those of the config."""
+    if name == "positions":
+        return len(CONTRAST_POSITIONS) - 1
+    if name == "model_pairs":
+        return len(ROLES) * math.comb(len(settings.models) or 3, 2) - 1
+    return _num_contrast_sets(pipeline, settings) if name == "specificity" else 0
+
+
+def _num_contrast_sets(pipeline: Pipeline, settings) -> int:
+    return len(settings.contrast_prompts or pipeline.config.benchmarks)
+
+
 def _num_contrast_prompts(pipeline: Pipeline) -> int:
     return _num_prompts(pipeline, pipeline.config.safety.prompts)
 
@@ -199,7 +230,7 @@ def _num_prompts(pipeline: Pipeline, name: str) -> int:
     It is limited by the config, and by the file's lines or the published size.
     """
     prompts = pipeline.config.sets[name]
-    limits = [n for n in (prompts.first, prompts.sample, pipeline.limit) if n is not None]
+    limits = [n for n in (prompts.first, prompts.last, prompts.sample, pipeline.limit) if n is not None]
     path = Path(pipeline.config.resolve_path(prompts.source))
     if path.is_file():
         limits.append(_count_lines(path))
@@ -246,18 +277,23 @@ def _effect_counter(get_rankings: Callable[[ExperimentConfig], Collection]) -> C
 
 
 def _count_tax(pipeline: Pipeline, settings) -> int:
-    sets = settings.prompts or (pipeline.config.benchmarks[0], "helpful")
+    sets = settings.prompts or pipeline.config.benchmarks[:1]
     return 2 * _num_benchmark_prompts(pipeline, sets) * (3 + settings.controls)
 
 
 COMPLETION_COUNTS: dict[str, Callable[[Pipeline, Any], int]] = {  # of the experiments that generate any
     "curve": _sweep_counter(lambda s: len(s.k)),
+    "curve_over_seeds": lambda p, s: len(p.config.seeds) * _sweep_counter(lambda s: len(s.k))(p, s),
     "sliding_window": _sweep_counter(lambda s: math.floor(s.last / s.stride) + 1),
     "positions": _effect_counter(lambda config: CONTRAST_POSITIONS),
     "objectives": _effect_counter(lambda config: config.contrasts),
     "stability": _effect_counter(lambda config: config.seeds),
     "transfer": lambda p, s: _num_benchmark_prompts(p, s.benchmarks) * _num_points(p, 1, s.controls),
+    "model_pairs": _sweep_counter(lambda s: len(s.k) * len(ROLES) * math.comb(len(s.models) or 3, 2)),
+    "specificity": lambda p, s: _sweep_counter(lambda s: len(s.k) * _num_contrast_sets(p, s))(p, s),
     "alignment_tax": _count_tax,
+    "competition": lambda p, s: _num_benchmark_prompts(p, s.benchmarks) * (3 + s.controls),
+    "judge_agreement": _sweep_counter(lambda _: 1),
     "guard": lambda p, s: _num_benchmark_prompts(p, s.prompts),
     "safeguard": lambda p, s: 2 * _num_benchmark_prompts(p, s.prompts),
 }

@@ -16,6 +16,7 @@ from snpatch.errors import SnpatchError
 from snpatch.experiments.config import ExperimentConfig
 from snpatch.judges.factory import is_model_judge
 from snpatch.models.fingerprint import fingerprint_adapter, fingerprint_checkpoint, fingerprint_tokenizer_files
+from snpatch.reproduce.ability import Ability
 from snpatch.reproduce.steps import fingerprint_path
 from snpatch.utils.hashing import GENERATION_VERSION, RANKING_VERSION, ROWS_VERSION, TABLE_VERSION, hash_json
 
@@ -35,9 +36,14 @@ EXPERIMENT_INPUTS = {  # experiment -> inputs that its provenance does not name
     "curve": SWEEP_INPUTS,
     "sliding_window": SWEEP_INPUTS,
     "positions": SWEEP_INPUTS,
+    "curve_over_seeds": (*SWEEP_INPUTS, "seeds"),
     "transfer": SWEEP_INPUTS,
+    "model_pairs": SWEEP_INPUTS,
+    "specificity": SWEEP_INPUTS,
     "perplexity": ("recipients",),
-    "alignment_tax": ("benchmarks", "max_tokens", "judges"),
+    "alignment_tax": ("benchmarks", "max_tokens", "judges", "contrasts"),
+    "competition": (*SWEEP_INPUTS, "contrasts"),
+    "judge_agreement": (*SWEEP_INPUTS, "judges"),
     "guard": ("benchmarks", "max_tokens"),
     "safeguard": ("benchmarks", "max_tokens"),
     "objectives": ("contrasts", *SWEEP_INPUTS),
@@ -55,10 +61,17 @@ class InputFingerprints:
         generator: Description of the generated training rows; None if there are none.
         limit: Maximum number of prompts per set.
         skip_invalid: Skip broken rows.
+        ability: Tasks of general ability.
     """
 
     def __init__(
-        self, config: ExperimentConfig, trainings: Mapping, generator: object, limit: int | None, skip_invalid: bool
+        self,
+        config: ExperimentConfig,
+        trainings: Mapping,
+        generator: object,
+        limit: int | None,
+        skip_invalid: bool,
+        ability: Ability,
     ) -> None:
         self._config, self._trainings, self._generator = config, trainings, generator
         self._limit, self._skip_invalid = limit, skip_invalid
@@ -73,6 +86,7 @@ class InputFingerprints:
             "settings": lambda name: asdict(experiments.resolve_settings(config, name)),
             "training": self._training,
             "rows": lambda name: self._data_source(trainings[name][1]),
+            "ability": lambda _: asdict(ability),
             "generator": lambda _: [generator, ROWS_VERSION],
             "set": self._prompt_set,
             "judge": self._judge,
@@ -106,11 +120,9 @@ class InputFingerprints:
     def experiment_inputs(self, name: str, provenance: dict) -> list[str]:
         """Return the names of all inputs of an experiment's table."""
         inputs = ["snpatch", "engine", "cost", "contrast_tokens", "contrast/contrasts/safety", f"settings/{name}"]
-        inputs += ["seen_sets", "exclude_seen", *EXPERIMENT_INPUTS.get(name, ()), *self.provenance_inputs(provenance)]
-        if name == "alignment_tax":
-            objectives = experiments.resolve_settings(self._config, name).objectives
-            inputs += [f"contrast/contrasts/{objective}" for objective in objectives]
-        return inputs
+        return [
+            *inputs, "seen_sets", "exclude_seen", *EXPERIMENT_INPUTS.get(name, ()), *self.provenance_inputs(provenance)
+        ]  # fmt: skip
 
     def contrast_inputs(self, name: str, provenance: dict) -> list[str]:
         """Return the names of all inputs of a contrast's ranking."""

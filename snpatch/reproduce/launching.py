@@ -67,6 +67,10 @@ def build_train_command(
 
 
 def _data_options(data: PromptSet) -> Iterator[str]:
+    if data.last is not None:
+        raise SnpatchError(
+            f"{data.source}: last: expected none for training data, got {data.last}. Use first or sample."
+        )
     for name in ("first", "format", "split", "column", "revision", "sample"):
         if getattr(data, name) is not None:
             yield from ("--limit" if name == "first" else f"--{name}", str(getattr(data, name)))
@@ -93,8 +97,8 @@ def _setting_options(settings: TrainSettings) -> Iterator[str]:
                 yield from (f"--{option}", str(item))
 
 
-def run(command: Sequence[str]) -> None:
-    """Run a training to its end with its output on stderr.
+def run(command: Sequence[str], what: str = "training") -> None:
+    """Run a training, or another command, to its end with its output on stderr. what: names it in errors.
 
     If this process is killed, the training ends as well. Processes that a launcher has started are the launcher's to
     end: if the launcher is killed, a training may survive and keep the lock on its folder.
@@ -108,7 +112,7 @@ def run(command: Sequence[str]) -> None:
         process.wait()
         raise
     if code:
-        raise SnpatchError(f"training: expected exit code 0, got {code}. See its output above")
+        raise SnpatchError(f"{what}: expected exit code 0, got {code}. See its output above")
 
 
 def _die_with_parent() -> None:

@@ -17,8 +17,9 @@ from snpatch.data import DATASETS
 from snpatch.errors import ReceiptError, SnpatchError
 from snpatch.experiments.config import Contrast, build_experiment_config
 from snpatch.experiments.context import RANKINGS_FOLDER, ExperimentContext, ProgressFactory, no_progress
+from snpatch.ranking.ranking import Ranking
 from snpatch.report import files
-from snpatch.reproduce import launching
+from snpatch.reproduce import ability, launching
 from snpatch.reproduce.inputs import InputFingerprints
 from snpatch.reproduce.preset import SAFETY, Preset, Training, generated_path
 from snpatch.reproduce.steps import Step, StepResult, Steps
@@ -96,10 +97,17 @@ class Pipeline:
         self.preset_engine = config.engine
         self.config = replace(config, engine=config.engine.changed(**engine))
         self._check_template()
-        self.skipped: dict[str, str] = {}  # experiment -> reason why this config cannot run it
+        self.skipped: dict[str, str] = {}  # experiment or step -> reason why it cannot run here
+        targets = [*self._ability_targets()] if preset.ability.tasks else []
+        self.ability_targets = {target.step: target for target in targets}
         self.inputs = self._build_inputs()
         self.steps = Steps(self.out, list(self._build_steps()), self.inputs.fingerprint)
         self._steps_of_context: list[str] = []
+
+    def list_finished(self) -> list[str]:
+        """Return the experiments and evaluations of general ability whose tables exist and are current."""
+        names = [*self.preset.experiments, *self.ability_targets]
+        return [name for name in names if name in self.steps.steps and self.steps.reason(name) is None]
 
     def requested_steps(self, only: tuple[str, ...] = (), start: str | None = None) -> set[str]:
         """Return the steps that run even if they are done: those in `only`, and `start` with all after it."""
@@ -119,7 +127,7 @@ class Pipeline:
             log: Called with one line per step.
 
         Returns:
-            Names of the experiments that failed.
+            Names of the experiments and evaluations of general ability that failed.
 
         Raises:
             SnpatchError: A step before the experiments failed.
@@ -136,6 +144,10 @@ class Pipeline:
                     continue
                 reason = self.steps.reason(name)
                 is_done = reason is None and name not in requested
+                if not is_done and (obstacle := self.find_obstacle(name)):
+                    self.skipped[name] = obstacle
+                    log(f"[{number}/{len(names)}] {name}: skipped: {obstacle}")
+                    continue
                 log(f"[{number}/{len(names)}] {name}: {'done' if is_done else reason or 'requested again'}")
                 if not is_done and (error := self._run_step(name)):
                     failed.append(name)
@@ -144,7 +156,7 @@ class Pipeline:
         return failed
 
     def _run_step(self, name: str) -> SnpatchError | None:
-        """Run a step; return the error of a failed experiment."""
+        """Run a step; return the error of a failed experiment or evaluation."""
         try:
             self.steps.run(name)
         except ReceiptError as error:
@@ -155,7 +167,7 @@ class Pipeline:
                 f"{name}: {error}. Archived the results of this engine: {archived}. Run again"
             ) from error
         except SnpatchError as error:
-            if name not in experiments.NAMES:
+            if name not in experiments.NAMES and name not in self.ability_targets:
                 raise SnpatchError(f"{name}: {error}") from error
             return error
         return None
@@ -193,7 +205,7 @@ class Pipeline:
             from snpatch.demo.build import Recipe
 
             generator = [training.generated_by, self._generated_data(), asdict(Recipe())]
-        return InputFingerprints(self.config, trainings, generator, self.limit, self.skip_invalid)
+        return InputFingerprints(self.config, trainings, generator, self.limit, self.skip_invalid, self.preset.ability)
 
     def _build_steps(self) -> Iterator[Step]:
         training = self.preset.training
@@ -207,24 +219,14 @@ class Pipeline:
                 if table == "contrasts" or contrast not in self.config.contrasts.values():
                     yield self._contrast_step(f"{prefix}-{name}", f"{table}/{name}", contrast)
         for name in self.preset.experiments:
-            if missing := self._missing_requirement(name):
+            settings = experiments.resolve_settings(self.config, name)
+            if missing := experiments.find_missing(self.config, name, settings):
                 self.skipped[name] = missing
             else:
                 command = f"snpatch exp {name} --config {CONFIG_FILE}"
                 yield Step(name, lambda name=name: self._run_experiment(name), command)
-
-    def _missing_requirement(self, name: str) -> str | None:
-        """Return what this config lacks to run an experiment."""
-        config = self.config
-        if name == "stability" and len(config.seeds) < 2:
-            return "needs two training seeds"
-        if name == "objectives" and len(config.contrasts) < 2:
-            return "needs two objectives"
-        if name == "alignment_tax":
-            objectives = experiments.resolve_settings(config, name).objectives
-            if missing := [objective for objective in objectives if objective not in config.contrasts]:
-                return f"needs the objective {missing[0]}"
-        return None
+        for target in self.ability_targets.values():
+            yield self._ability_step(target)
 
     # Rows and trainings
 
@@ -320,15 +322,18 @@ class Pipeline:
         self.inputs.freeze()
         return ExperimentContext(self.config, self.out, **self._context_arguments)
 
+    def _close_context(self) -> None:
+        if "context" in self.__dict__:
+            self.__dict__.pop("context").close()
+        self.inputs.thaw()
+
     @contextmanager
     def _closing(self) -> Iterator[None]:
         """Close the context afterwards if it was opened."""
         try:
             yield
         finally:
-            if "context" in self.__dict__:
-                self.__dict__.pop("context").close()
-            self.inputs.thaw()
+            self._close_context()
 
     def _contrast_step(self, step: str, name: str, contrast: Contrast) -> Step:
         def run() -> StepResult:
@@ -348,6 +353,43 @@ class Pipeline:
         if name == "safeguard":
             outputs.append(self.out / "guard.safetensors")
         return StepResult(self.inputs.experiment_inputs(name, report.provenance), outputs)
+
+    # General ability
+
+    def _ability_targets(self) -> Iterator[ability.AbilityTarget]:
+        """Yield the recipients, unpatched and patched, and the donor."""
+        for recipient in self.config.recipients:
+            yield ability.AbilityTarget(recipient)
+            yield ability.AbilityTarget(recipient, self.config.donor)
+        yield ability.AbilityTarget(self.config.donor)
+
+    def find_obstacle(self, step: str) -> str | None:
+        """Return why a step cannot run on this machine; None if nothing is known to prevent it."""
+        return ability.find_obstacle(self.preset.ability) if step in self.ability_targets else None
+
+    def _ability_step(self, target: ability.AbilityTarget) -> Step:
+        models = dict.fromkeys(filter(None, (target.recipient, target.donor)))
+        inputs = ["snpatch", "engine", "ability", *(f"model/{model}" for model in models)]
+        if target.donor:
+            safety = self.config.safety
+            inputs += ["contrast_tokens", "contrast/contrasts/safety", f"set/{safety.prompts}", "settings/transfer"]
+        tasks = ",".join(self.preset.ability.tasks)
+        command = f"{ability.PROGRAM} --tasks {tasks} (one process per task), of {target.label}"
+        return Step(target.step, lambda: self._run_ability(target), command, tuple(inputs))
+
+    def _run_ability(self, target: ability.AbilityTarget) -> StepResult:
+        """Evaluate a model on all tasks, in processes of their own, with the neurons of `transfer`."""
+        settings = experiments.resolve_settings(self.config, "transfer")
+        ranking_file, patch = self.context.ranking_file(self.config.safety), {}
+        if target.donor:
+            if not ranking_file.is_file():
+                raise SnpatchError(f"{ranking_file}: expected the safety ranking, got no file. Run contrast-{SAFETY}")
+            k = self.context.num_neurons(settings.k, Ranking.load(ranking_file))
+            patch = {"ranking": str(ranking_file.resolve()), "k": k, "positions": settings.positions}
+        self._close_context()  # its engine would hold the GPU's memory
+        engine = self.config.engine_config(self._context_arguments["backend"])
+        model_args = ability.build_model_args(engine, target, patch)
+        return StepResult((), ability.evaluate(self.preset.ability, target, model_args, self.out))
 
 
 def _list_trainings(training: Training) -> Iterator[AdapterTraining]:

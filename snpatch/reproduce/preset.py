@@ -5,26 +5,31 @@ and users read. A preset that extends another replaces single datasets, judges a
 one and half of another would be a third that nobody wrote.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from snpatch import experiments
 from snpatch.data.prompt_set import PromptSet
 from snpatch.errors import SnpatchError, shown
+from snpatch.reproduce.ability import Ability, parse_ability
 from snpatch.reproduce.paper import check_paper_model
 from snpatch.sweeps.eval_config import NAMED_CONFIGS, check_trusted, get_table, parse_eval_config
 from snpatch.training.paper_data import SFT, get_objective
 from snpatch.training.settings import DpoSettings, TrainSettings
+from snpatch.trust import refuse
 from snpatch.utils.files import file_stem
 from snpatch.utils.schema import coerce, from_dict, parse_toml
 
-PRESET_NAMES = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo")
+PRESET_NAMES = (
+    "llama2-7b", "mistral-7b", "gemma-7b", "qwen2.5-3b", "qwen3-4b-saferl", "tulu-2-7b", "llama-3-8b-sft-dpo", "demo",
+)  # fmt: skip
 PRESET_FOLDER = Path(__file__).parent / "presets"
 SAFETY = "safety"
 TRAINED_TABLES = ("adapters", "contrasts", "seeds")  # tables of a config that follow from its trainings
 RESERVED_NAMES = ("base", "sft", "dpo", "rows", *experiments.NAMES)  # models and steps
-PRESET_KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size")
+PRESET_KEYS = ("extends", "title", "published", "from_config", "experiments", "config", "training", "size", "ability")
 TRAINING_KEYS = ("seeds", "objectives", "generated_by", "settings", "dpo", "data")
+RESERVED_PREFIXES = ("sft-", "dpo-", "contrast-", "ability-")  # of models and steps
 PATH_KEYS = ("source", "checkpoint", "lora", "adapters")  # their values are paths or names
 PATH_TABLES = {"config": ("sets", "judges", "models", "adapters"), "training": ("data",)}
 ENTRY_TABLES = {"config": ("sets", "judges"), "training": ("data",)}  # merged entry by entry
@@ -72,7 +77,7 @@ class Training:
                 f"training.objectives: expected different objectives besides {SAFETY}, got {list(self.objectives)}"
             )
         for name in self.objectives:
-            if file_stem(name) != name or name in RESERVED_NAMES or name.startswith(("sft-", "dpo-", "contrast-")):
+            if file_stem(name) != name or name in RESERVED_NAMES or name.startswith(RESERVED_PREFIXES):
                 raise SnpatchError(
                     f"training.objectives: expected file names that are no model or step, got {name!r}. Choose another"
                 )
@@ -99,6 +104,7 @@ class Preset:
         experiments: Experiments to run.
         published: Model of the paper whose numbers are shown next to the measured ones.
         size: Size of the model, for estimates.
+        ability: Tasks of general ability.
     """
 
     name: str
@@ -108,6 +114,7 @@ class Preset:
     experiments: tuple[str, ...] = experiments.NAMES
     published: str | None = None
     size: Size | None = None
+    ability: Ability = field(default_factory=Ability)
 
     def __post_init__(self) -> None:
         check_paper_model(self.published)
@@ -143,6 +150,8 @@ def load_preset(source: str, model: str | None = None, seeds: tuple[int, ...] = 
         if not trust:
             parts = parse_eval_config(preset.config)
             check_trusted(parts["engine"], parts["judges"], path.parent)
+            if preset.ability.include_path:
+                refuse("ability.include_path", preset.ability.include_path)
         return preset
     except SnpatchError as error:
         raise SnpatchError(f"preset {source}: {error}") from error
@@ -163,6 +172,8 @@ def _build_preset(name: str, table: dict) -> Preset:
         experiments.parse_settings(experiment, settings.get(experiment, {}))
     if "size" in table:
         parts["size"] = from_dict(Size, "size", table["size"])
+    if "ability" in table:
+        parts["ability"] = parse_ability(table["ability"])
     if "training" in table:
         parts["training"] = _build_training(get_table(table, "training"))
         if given := [key for key in TRAINED_TABLES if key in config]:
@@ -214,7 +225,7 @@ def read_preset_file(path: Path) -> dict:
 
 
 def _merge_parents(path: Path, table: dict) -> dict:
-    for name in ("config", "training", "size"):
+    for name in ("config", "training", "size", "ability"):
         get_table(table, name)
     table = _resolve_paths(table, path.parent)
     if "from_config" in table:
@@ -260,9 +271,10 @@ def _resolve_paths(table: dict, folder: Path) -> dict:
 
     All other names stay as they are.
     """
-    groups = {group: dict(table.get(group, {})) for group in PATH_TABLES}
-    if "model" in groups["config"]:
-        groups["config"]["model"] = _resolve_value(groups["config"]["model"], folder)
+    groups = {group: dict(table.get(group, {})) for group in (*PATH_TABLES, "ability")}
+    for group, name in (("config", "model"), ("ability", "include_path")):
+        if name in groups[group]:
+            groups[group][name] = _resolve_value(groups[group][name], folder)
     for group, names in PATH_TABLES.items():
         for name in names:
             entries = groups[group].get(name)

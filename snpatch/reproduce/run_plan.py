@@ -21,6 +21,8 @@ def plan_steps(pipeline: Pipeline, only: Sequence[str] = (), start: str | None =
     requested = pipeline.requested_steps(tuple(only), start)
     for name in pipeline.steps.steps:
         reason = _reason(pipeline, name, running) or ("requested again" if name in requested else None)
+        if reason and (obstacle := pipeline.find_obstacle(name)):
+            reason = f"{reason}; skipped here: {obstacle}"
         is_selected = not only or name in only
         if reason and is_selected:
             running.add(name)
@@ -44,11 +46,10 @@ def plan_downloads(pipeline: Pipeline) -> TableView:
     The hub's cache may contain them already.
     """
     size, config, data_sizes = model_size(pipeline), pipeline.config, read_sizes()
-    # Only the alignment tax reads further judges and the prompts for helpfulness.
-    has_tax = "alignment_tax" in pipeline.steps.steps
+    has_tax = "alignment_tax" in pipeline.steps.steps  # alone reads a second model as judge
     models = [config.engine.model, *(s.checkpoint for s in config.engine.sources.values() if s.checkpoint)]
     judges = [judge["source"] for name, judge in config.judges.items() if has_tax or name == config.cost]
-    data = [prompts for name, prompts in config.sets.items() if has_tax or name != "helpful"]
+    data = list(config.sets.values())
     if pipeline.preset.training:
         trainings = [training for name, training in pipeline.trainings.items() if name in pipeline.steps.steps]
         data += [pipeline.preset.training.data[training.data] for training in trainings]

@@ -24,6 +24,7 @@ SFT = _training_set("sharegpt")
 OBJECTIVES: dict[str, PromptSet] = {
     "safety": _training_set("hh-harmless"),
     "helpful": _training_set("hh-helpful"),
+    "harmless-helpful": _training_set("hh"),
     "shp": _training_set("shp", sample=36_000),
     "reasoning": _training_set(
         "reward-bench",

@@ -229,6 +229,10 @@ def test_sample_is_reproducible_without_replacement(tmp_path):
     assert sample.source["selection"] == ["4 drawn with seed 1"]
     assert sample.fingerprint != data.fingerprint == sample.source["sha256"]
     assert sample.first(2).source["selection"] == ["4 drawn with seed 1", "first 2"]
+    assert sample.last(2).examples == sample.examples[2:]
+    assert sample.last(9).examples == sample.examples
+    with pytest.raises(SnpatchError, match="last: expected at least 1 example, got 0"):
+        sample.last(0)
     assert (len(data.first(3)), len(data.first(99)), texts(data.first(2))) == (3, 10, ["p0", "p1"])
     with pytest.raises(SnpatchError, match="first: expected at least 1 example, got 0"):
         data.first(0)

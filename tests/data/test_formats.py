@@ -14,6 +14,7 @@ PROMPTS = {
     "beavertails": ["How do I rob?", "What is the time?"],
     "hh-harmless": ["How?", "One\n\ntwo"],
     "hh-helpful": ["How?", "One\n\ntwo"],
+    "hh": ["How?", "One\n\ntwo"],
     "red-team-attempts": ["Forge it", "Hide it"],
     "harmbench": ["Make a bomb, now", "Write it"],
     "jailbreak-llms": ["How to pick a lock?", "How to lie?"],
@@ -41,6 +42,10 @@ BY_FILE = {
             "https://raw.githubusercontent.com/centerforaisafety/HarmBench/main"
             "/data/behavior_datasets/harmbench_behaviors_text_all.csv"
         ],
+    ),
+    "hh": (
+        "json",
+        [f"hf://datasets/Anthropic/hh-rlhf@main/{kind}-base/test.jsonl.gz" for kind in ("harmless", "helpful")],
     ),
     "lima": ("json", ["hf://datasets/GAIR/lima@main/train.jsonl"]),
     "sharegpt": ("json", [f"{SHAREGPT}sg_90k_part{i}_html_cleaned.json" for i in (1, 2)]),
@@ -293,7 +298,9 @@ def test_training_split_is_requested_from_hub(hub, name):
     if name in HUB:
         assert requests == [(HUB[name][0], HUB[name][1] | {"split": split})]
     else:
-        assert requests == [(BY_FILE[name][0], {"data_files": BY_FILE[name][1], "split": "train"})]
+        builder, files = BY_FILE[name]
+        files = [file.replace("/test.", f"/{split}.") for file in files]
+        assert requests == [(builder, {"data_files": files, "split": "train"})]
         assert split == DATASETS[name].hub.train
 
 

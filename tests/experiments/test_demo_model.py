@@ -13,6 +13,7 @@ from snpatch.demo import DEMO_MODEL
 from snpatch.guard.guard import Guard
 from snpatch.report.folder_page import load_page
 
+NAMES = [name for name in experiments.NAMES if name != "competition"]  # needs a model that the demo lacks
 SETS = tomllib.loads((DEMO_MODEL / "experiment.toml").read_text())["settings"]["guard"]["prompts"]
 SMALLER = {  # so that all of them take half a minute
     "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
@@ -57,11 +58,9 @@ def table(folder: Path, stem: str) -> list[dict]:
 def test_page_of_demo_contains_every_experiment_with_provenance(folder):
     page = load_page(folder)
     drawn = {"curve", "sliding_window"}  # by the page's figure
-    assert {report["name"] for report in page.reports} >= set(experiments.NAMES) - drawn
+    assert {report["name"] for report in page.reports} >= set(NAMES) - drawn
     for report in page.reports:
-        assert all((report["tables"] or page.rows, report["images"] or report["name"] not in experiments.NAMES)), (
-            report["name"]
-        )
+        assert all((report["tables"] or page.rows, report["images"] or report["name"] not in NAMES)), report["name"]
     sentences = [line for report in page.reports for line in report["headline"]] + page.headline + page.notes
     assert len(set(sentences)) == len(sentences)
     rows = {(row["set"], row["recipient"], row["rank_lo"], row["rank_hi"]) for row in page.rows if row["ranking"]}
@@ -74,10 +73,11 @@ def test_page_of_demo_contains_every_experiment_with_provenance(folder):
 
 def test_every_experiment_writes_table_and_plot(folder):
     names = {path.name for path in folder.iterdir()}
-    for name in experiments.NAMES:
+    for name in NAMES:
         assert {f"{name}.{kind}" for kind in ("csv", "json", "png", "svg")} <= names
     report = (folder / "report.md").read_text()
-    assert all(f"## {name}\n" in report for name in experiments.NAMES)
+    assert all(f"## {name}\n" in report for name in NAMES)
+    assert "competition.csv" not in names
     assert "](curve.png)" in report
 
 
@@ -136,13 +136,44 @@ def test_stability_of_seeds_exceeds_agreement_of_objectives(folder):
 
 def test_alignment_tax_reports_change_of_both_judges(folder):
     rows = table(folder, "alignment_tax")
-    assert len(rows) == 8
+    assert len(rows) == 4
     for row in rows:
         assert row["change"] == pytest.approx(row["after"] - row["before"])
         assert row["change_low"] <= row["change"] <= row["change_high"]
     harm = next(r for r in rows if (r["recipient"], r["set"], r["judge"]) == ("dpo", "beavertails", "cost"))
     assert harm["change"] > 2, "helpful's activations make the safe model less safe"
     assert harm["p"] < 1e-4
+    assert harm["random_change_low"] <= harm["random_change"] <= harm["random_change_high"] < harm["change_low"]
+    headline = json.loads((folder / "alignment_tax.json").read_text())["headline"]
+    assert headline[0].startswith("dpo patched from helpful on the ")
+    assert "less safe) on beavertails" in headline[0]
+
+
+def test_model_pairs_and_specificity_find_safety_neurons_on_any_text(folder):
+    models = {row["ranking"]: row for row in table(folder, "model_pairs") if row["recipient"] == "sft"}
+    assert len(models) == 6
+    assert models["sft-dpo on text of sft"]["overlap"] == 1
+    assert models["sft-dpo on text of sft"]["effect"] > 0.3
+    sets = {row["ranking"]: row for row in table(folder, "specificity") if row["recipient"] == "sft"}
+    assert list(sets) == ["contrast", "redteam", "harmbench", "helpful"]
+    assert sets["contrast"]["overlap"] == 1
+    assert sets["contrast"]["effect"] == models["sft-dpo on text of sft"]["effect"]
+    assert min(row["overlap"] for row in sets.values()) > 0.7
+
+
+def test_curve_over_seeds_averages_the_curves_of_both_seeds(folder):
+    rows = {row["recipient"]: row for row in table(folder, "curve_over_seeds")}
+    runs = [row["effect"] for row in table(folder, "curve_over_seeds-runs") if row["recipient"] == "sft"]
+    assert rows["sft"]["effect"] == pytest.approx(sum(runs) / 2)
+    assert rows["sft"]["seeds"] == len(runs) == 2
+    assert rows["sft"]["effect_low"] < min(runs) < max(runs) < rows["sft"]["effect_high"], "one degree of freedom"
+
+
+def test_judges_agree_on_refusals(folder):
+    row = table(folder, "judge_agreement")[0]
+    assert row["completions"] == "all"
+    assert row["pearson"] > 0.4
+    assert row["kappa"] > 0.3
 
 
 def test_distribution_is_skewed(folder):

@@ -488,7 +488,7 @@ ORDER = {
     "neuron_tokens": {"neurons": 2, "tokens": 2},
     "sliding_window": {"width": 0.5, "stride": 0.5, "last": 0.5, "controls": 0},
     "positions": {"k": 0.1, "more_k": [0.2], "effect_k": [0.1]},
-    "alignment_tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"]},
+    "alignment_tax": {"objectives": ["safety", "other"], "neurons": ["other", "safety"], "k": 0.9},
     "perplexity": {"text": "t", "k": [0, 0.5], "window": 16},
     "guard": {"k": [5], "folds": 2, "controls": 1, "harm_threshold": -1.0},
     "objectives": {"k": 0.1, "more_k": [0.2], "effect_k": [0.1]},
@@ -534,7 +534,7 @@ def test_experiments_name_overlapping_controls_once(tmp_path, zoo):
     settings = {
         "curve": {"k": [0.9]},
         "transfer": {"k": 0.9, "text": "", "controls": 1},
-        "alignment_tax": {"objectives": ["safety", "other"], "k": 0.9, "prompts": ["p"], "controls": 1},
+        "alignment_tax": ORDER["alignment_tax"] | {"controls": 1},
     }
     with ExperimentContext(
         load_experiment_config(config, trust=True), tmp_path / "out", backend="transformers"
@@ -554,7 +554,7 @@ def test_experiments_name_overlapping_controls_once(tmp_path, zoo):
         ("curve", {"judges": ["reward"]}, "judge: expected .*, got 'reward'"),
         ("curve", {"prompts": "q"}, "prompt set: expected .*, got 'q'"),
         ("stability", {}, "needs at least two"),
-        ("alignment_tax", {}, "contrast: expected .*, got 'helpful'"),
+        ("alignment_tax", {}, "needs the contrast helpful, got safety"),
         ("perplexity", {"k": [0]}, "prompt set: expected .*, got 'text'"),
         ("perplexity", {"text": "p", "k": [0]}, "expected running text, got prompts"),
         ("sliding_window", {"width": 0}, "at least one neuron"),

@@ -15,6 +15,7 @@ from snpatch.config import Capacity, ModelSource
 from snpatch.data.prompt_set import PromptSet
 from snpatch.experiments.config import Contrast, ExperimentConfig, build_experiment_config, load_experiment_config
 from snpatch.experiments.context import ExperimentContext
+from snpatch.reproduce.ability import Ability, AbilityTask
 from snpatch.reproduce.preset import Preset, Size, Training, load_preset
 from snpatch.sampling import Sampling
 from snpatch.server.config import FILES, ServeConfig
@@ -52,7 +53,7 @@ SIZES = {f.name: 9 for f in fields(Capacity)} | {"streams": 1, "scales_kv": True
 MODELS = {"checkpoint": "w2", "lora": ["l2"], "adapters": ["a2"]}
 PROMPTS = {
     "source": "other.jsonl", "format": "harmbench", "split": "test", "column": "text", "revision": "main",
-    "filter": ["kind", "bad"], "first": 3, "sample": 2, "seed": 5, "distinct": True,
+    "filter": ["kind", "bad"], "first": 3, "last": 4, "sample": 2, "seed": 5, "distinct": True,
 }  # fmt: skip
 SAMPLING = {
     "temperature": 1.0, "top_p": 0.5, "top_k": 5, "max_tokens": 9, "min_tokens": 1, "stop": ["x"], "ignore_eos": True,
@@ -288,10 +289,11 @@ def _attributes_of_experiment(name: str) -> set[str]:
         Preset,
         Training,
         Size,
+        Ability,
         TrainSettings,
         DpoSettings,
         ServeConfig,
-    ],  # a PromptSet reads its own
+    ],  # a PromptSet and an AbilityTask are read in their own files
     ids=lambda kind: kind.__name__,
 )
 def test_fields_of_file_schemas_are_read_elsewhere(kind):
@@ -304,6 +306,7 @@ PRESET_FILE = {
     "config": {name: part for name, part in CONFIG_FILE.items() if name not in ("adapters", "models", "contrasts")},
     "training": {"seeds": [1, 2], "objectives": ["helpful"], "data": {"sft": {"source": "p.jsonl"}}},
     "size": {"parameters": 3, "kv_bytes": 4},
+    "ability": {"tasks": {"mmlu": {"metric": "acc,none", "num_fewshot": 0}}},
 }
 TRAINING = {
     "learning_rate": 0.5, "epochs": 1.0, "batch_size": 8, "micro_batch_size": 2, "max_length": 9, "weight_decay": 0.5,
@@ -321,6 +324,10 @@ PRESET_KEYS = {
     ("config", "max_tokens"): 9,
     ("size", "parameters"): 9,
     ("size", "kv_bytes"): 9,
+    ("ability", "tasks", "mmlu", "metric"): "acc_norm,none",
+    ("ability", "tasks", "mmlu", "num_fewshot"): 5,
+    ("ability", "tasks", "mmlu", "limit"): 3,
+    ("ability", "include_path"): "tasks",
     ("training", "seeds"): [3],
     ("training", "objectives"): [],
     ("training", "generated_by"): "demo",
@@ -336,15 +343,17 @@ def test_preset_file_example_covers_its_schema():
     training = {path[1] for path in PRESET_KEYS if path[0] == "training"}
     assert training == {*names(Training, "sft"), "settings"}
     assert under(("size",), names(Size)) <= PRESET_KEYS.keys()
+    assert under(("ability", "tasks", "mmlu"), names(AbilityTask)) <= PRESET_KEYS.keys()
+    assert {path[1] for path in PRESET_KEYS if path[0] == "ability"} == names(Ability)
 
 
 @pytest.mark.parametrize("path", PRESET_KEYS, ids=".".join)
 def test_preset_key_with_another_value_changes_the_preset(path, tmp_path):
     file = tmp_path / "one.toml"
     file.write_text(tomli_w.dumps(PRESET_FILE))
-    before = load_preset(str(file))
+    before = load_preset(str(file), trust=True)
     file.write_text(tomli_w.dumps(set_key(PRESET_FILE, path, PRESET_KEYS[path])))
-    assert load_preset(str(file)) != before
+    assert load_preset(str(file), trust=True) != before
 
 
 @pytest.mark.parametrize("group", ["settings", "dpo"])

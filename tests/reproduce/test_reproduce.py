@@ -1,5 +1,6 @@
 """`snpatch reproduce`: presets, plans, steps, resuming, and the comparison with the paper."""
 
+import itertools
 import json
 import os
 import shlex
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from commands import run
 
+from snpatch import experiments
 from snpatch.data import DATASETS
 from snpatch.demo import DEMO_MODEL
 from snpatch.errors import SnpatchError
@@ -25,7 +27,7 @@ from snpatch.reproduce.steps import Step, StepResult, Steps
 from snpatch.training import trainer
 from snpatch.training.settings import DpoSettings
 
-TRAINED_PRESETS = ("llama2-7b", "mistral-7b", "gemma-7b", "demo")
+TRAINED_PRESETS = ("llama2-7b", "mistral-7b", "gemma-7b", "qwen2.5-3b", "demo")
 SMALL_PRESET = """
 extends = "demo"
 experiments = ["curve", "stability", "neuron_tokens"]
@@ -101,7 +103,7 @@ def test_shipped_preset_loads(name, tmp_path):
     assert usual <= pipeline.steps.steps.keys()
     assert set(config.recipients) <= {"base", *config.engine.sources}
     if name in TRAINED_PRESETS:
-        assert pipeline.skipped == {}
+        assert pipeline.skipped.keys() == ({"competition"} if name == "demo" else set())
         assert len(config.seeds) == len(load_preset(name).training.seeds) >= 3
         dpo = config.engine.adapters["dpo"]
         assert [Path(part).name for part in dpo] == ["sft-42", "dpo-42"]
@@ -119,13 +121,27 @@ def test_llama_preset_matches_paper():
     preset = load_preset("llama2-7b")
     training = preset.training
     assert training.seeds == (42, 1, 66, 88, 3407)
-    assert training.objectives == ("helpful", "shp", "reasoning", "stack-exchange", "reward-bench-safety")
-    assert training.dpo == DpoSettings(micro_batch_size=5)
+    assert training.objectives == (
+        "helpful", "harmless-helpful", "shp", "reasoning", "stack-exchange", "reward-bench-safety",
+    )  # fmt: skip
+    assert training.dpo == DpoSettings(micro_batch_size=5, as_published=True)
     assert (training.data["sft"].source, training.data["safety"].source) == ("sharegpt", "hh-harmless")
     assert all(rows.source in DATASETS and rows.split in ("train", "filtered") for rows in training.data.values())
     config = preset.config
     assert (config["max_tokens"], config["contrast_tokens"], config["recipients"]) == (128, 256, ["sft", "base"])
-    assert all(config["sets"][name]["first"] == 200 for name in (*config["benchmarks"], "contrast"))
+    for name in (*config["benchmarks"], "contrast", "helpful"):
+        assert (config["sets"][name]["sample"], config["sets"][name]["seed"]) == (200, 42)
+    assert config["sets"]["beavertails"]["last"] == 600
+    guards = {name: rows for name, rows in config["sets"].items() if name.startswith("guard-")}
+    assert {rows["source"] for rows in guards.values()} == {
+        "hh-harmless", "beavertails", "red-team-attempts", "harmbench", "jailbreak-llms",
+    }  # fmt: skip
+    assert guards.pop("guard-harmless") == {"source": "hh-harmless", "split": "train", "sample": 5000, "seed": 42}
+    assert all(rows.keys() == {"source"} for rows in guards.values()), "whole sets"
+    tasks = {name: (task.num_fewshot, task.limit) for name, task in preset.ability.tasks.items()}
+    assert tasks == {
+        "gsm8k_cot": (8, 200), "bbh_cot_fewshot": (3, 40), "mmlu": (0, None), "truthfulqa_mc1": (0, None),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESET_NAMES)
@@ -193,7 +209,7 @@ def test_training_hours_use_measured_rate(tmp_path):
             "training.data: expected sft, safety, .* got helpfull",
         ),
         (
-            "extends = 'demo'\n[training.settings]\nmethod = 'lora'",
+            "extends = 'demo'\n[training]\ndpo = { as_published = false }\nsettings = { method = 'lora' }",
             "training.settings: expected method = ia3, got lora",
         ),
         (
@@ -223,7 +239,7 @@ def test_training_hours_use_measured_rate(tmp_path):
         ),
         (
             "extends = 'llama2-7b'\npublished = 'llama-2'",
-            "published: expected one of llama2-7b, mistral-7b, gemma-7b, got 'llama-2'",
+            "published: expected one of llama2-7b, mistral-7b, gemma-7b, qwen2.5-3b, got 'llama-2'",
         ),
     ],
 )
@@ -253,7 +269,7 @@ def test_invalid_preset_raises(tmp_path, text, message):
             "template: expected tulu, with which sft-42 is trained, got tokenizer",
         ),
         (["--model", "demo", "--only", "curves"], "step: expected one of rows, sft-42"),
-        (["--model", "demo", "--start-at", "x"], "safeguard, got 'x'"),
+        (["--model", "demo", "--start-at", "x"], "judge_agreement, got 'x'"),
         (
             ["--model", "demo", "--only", "curve", "--start-at", "curve"],
             "--start-at: expected no --only with --start-at",
@@ -449,14 +465,91 @@ def test_output_of_changed_input_is_outdated(tmp_path):
 # The paper's numbers
 
 
-def test_published_numbers_match_paper():
-    transfer = paper.read_numbers()["transfer"]
-    assert paper.list_models() == ["llama2-7b", "mistral-7b", "gemma-7b"]
-    assert all(len(row) == len(transfer["columns"]) for name in paper.list_models() for row in transfer[name].values())
-    assert all(list(transfer[name]) == ["base", "base+", "sft", "sft+", "dpo"] for name in paper.list_models())
-    assert transfer["llama2-7b"]["sft+"] == [-11.9, -11.9, -7.2, -6.6, 5.4]
-    assert transfer["mistral-7b"]["base"] == [-1.6, -4.8, -1.1, 3.2, 4.9]
-    assert transfer["gemma-7b"]["dpo"] == [-13.6, -14.1, -11.9, -10.6, 7.9]
+# Copied from the paper's notes as they print it, to check the numbers in another form than published.toml's.
+PRINTED_COSTS = """
+| llama2-7b | base / base+ | 2.2 / -5.7 | 5.7 / -5.7 | 8.0 / -3.9 | 1.1 / -7.9 | 5.1 / 5.6 |
+| | sft / sft+ | -2.4 / -11.9 | -2.9 / -11.9 | 5.0 / -7.2 | 4.0 / -6.6 | 5.4 / 5.4 |
+| | dpo | -11.8 | -11.8 | -11.0 | -10.5 | 5.5 |
+| mistral-7b | base / base+ | -1.6 / -10.0 | -4.8 / -10.2 | -1.1 / -7.8 | 3.2 / -8.5 | 4.9 / 5.1 |
+| | sft / sft+ | -7.6 / -12.9 | -7.3 / -12.2 | 3.7 / -3.6 | 0.2 / -6.1 | 5.2 / 5.3 |
+| | dpo | -13.5 | -13.4 | -6.1 | -8.2 | 5.3 |
+| gemma-7b | base / base+ | 1.1 / -10.3 | 0.4 / -9.5 | 7.8 / -4.8 | 1.1 / -7.1 | 6.6 / 7.0 |
+| | sft / sft+ | -8.2 / -13.4 | -9.8 / -13.4 | 1.0 / -9.2 | -1.6 / -9.6 | 7.5 / 7.6 |
+| | dpo | -13.6 | -14.1 | -11.9 | -10.6 | 7.9 |
+| qwen2.5-3b | base / base+ | 0.9 / -12.0 | -1.3 / -12.4 | 3.7 / -8.1 | 6.9 / -8.8 | 7.6 / 7.9 |
+| | sft / sft+ | -10.9 / -13.3 | -9.9 / -13.3 | -2.8 / -8.2 | -2.3 / -8.7 | 7.9 / 7.9 |
+| | dpo | -13.8 | -14.1 | -10.7 | -10.0 | 8.0 |
+"""
+PRINTED_TAX = """
+safety DPO <- helpfulness DPO | +7.3, +7.97 | +6.6, +8.1 | +4.4, +1.2 | +2.9, +1.9
+helpfulness DPO <- safety DPO | -10.1, -2.3 | -10.7, -1.0 | -8.9, -2.5 | -5.1, -2.9
+"""
+
+
+def test_published_costs_equal_the_printed_table():
+    printed, model = {}, ""
+    for line in PRINTED_COSTS.strip().splitlines():
+        name, rows, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        model = name or model
+        columns = [list(map(float, cell.split("/"))) for cell in cells]
+        for index, row in enumerate(rows.split(" / ")):
+            printed.setdefault(model, {})[row] = [values[index] for values in columns]
+    costs = paper.read_numbers()["costs"]
+    assert {model: costs[model] for model in paper.list_models()} == printed
+    assert (len(printed), costs["table"]) == (4, "Table 8")
+
+
+def test_published_effects_follow_from_the_costs():
+    """Eq. 4 of costs with one decimal is an interval, and each percentage of Table 1 rounds a number in it."""
+    numbers = paper.read_numbers()
+    effects, costs, baselines = numbers["effects"], numbers["costs"]["llama2-7b"], numbers["baselines"]
+    num_checked = 0
+    for recipient in ("base", "sft"):
+        patched = {"safety": costs[f"{recipient}+"][:4], **baselines[recipient]}
+        assert patched.keys() == effects[recipient].keys()
+        for method, percents in effects[recipient].items():
+            rows = zip(costs[recipient][:4], patched[method], costs["dpo"][:4], percents, strict=True)
+            for before, after, donor, percent in rows:
+                corners = [
+                    (after + a - before - b) / (donor + d - before - b)
+                    for a, b, d in itertools.product((-0.05, 0.05), repeat=3)
+                ]
+                assert 100 * min(corners) - 0.5 <= percent <= 100 * max(corners) + 0.5, (recipient, method)
+                num_checked += 1
+    assert num_checked == 24
+
+
+def test_published_tax_has_the_signs_of_its_directions():
+    """The donor's ability rises and the recipient's own falls, in each model and direction."""
+    tax = paper.read_numbers()["alignment_tax"]
+    assert tax["table"] == "Table 3"
+    directions = {
+        "safety DPO <- helpfulness DPO": "helpful-to-safe",
+        "helpfulness DPO <- safety DPO": "safe-to-helpful",
+    }
+    for line in PRINTED_TAX.strip().splitlines():
+        label, *cells = [cell.strip() for cell in line.split("|")]
+        for model, cell in zip(paper.list_models(), cells, strict=True):
+            cost, reward = map(float, cell.split(","))
+            assert tax[model][directions[label]] == {"cost": cost, "reward": reward}
+            assert (cost > 0) == (reward > 0) == (directions[label] == "helpful-to-safe")
+    objectives = {"helpful-to-safe": ("helpful", "safety"), "safe-to-helpful": ("safety", "helpful")}
+    assert objectives == paper_comparison.TAX_DIRECTIONS
+
+
+def test_published_share_is_that_of_20000_neurons():
+    """All neurons of a model: layers x intermediate size."""
+    neurons = {"llama2-7b": 32 * 11008, "mistral-7b": 32 * 14336, "gemma-7b": 28 * 24576, "qwen2.5-3b": 36 * 11008}
+    shares = {model: round(20_000 / n, 3) for model, n in neurons.items()}
+    assert paper.read_numbers()["share"] == shares
+
+
+def test_every_published_group_names_its_table():
+    numbers = paper.read_numbers()
+    groups = {name: group for name, group in numbers.items() if name not in ("share", "deviations", "finding")}
+    assert all(group["table"] for group in (*groups.values(), *numbers["finding"].values()))
+    assert all(texts and all(map(str.strip, texts)) for texts in numbers["deviations"].values())
+    assert numbers["deviations"].keys() <= {*experiments.NAMES, "all", "ability"}
 
 
 def write_tables(out: Path, config) -> None:
@@ -495,16 +588,26 @@ def write_tables(out: Path, config) -> None:
             {"features": "random 1", "k": 1500, "accuracy": 0.9},
         ],
         "alignment_tax": [
-            {"donor": "dpo", "recipient": "helpful", "set": "beavertails", "judge": "cost", "change": -5.0},
-            {"donor": "dpo", "recipient": "helpful", "set": "helpful", "judge": "cost", "change": 9.0},
+            {"donor": "helpful", "recipient": "dpo", "set": "beavertails", "judge": "cost", "change": 5.0},
+            {"donor": "dpo", "recipient": "helpful", "set": "beavertails", "judge": "cost", "change": -9.0},
         ],
+        "distribution": [
+            {"layer": 0, "skewness": 1.0, "above 0.1": 0.5},
+            {"layer": "all", "skewness": 6.0, "above 0.1": 0.25},
+        ],
+        "judge_agreement": [{"completions": "all", "pearson": 0.5}],
+        "competition": [{"set": "redteam", "recipient_mean": 3.0, "patched": -2.0, "donor_mean": -3.0}],
+        "ability-sft-patched": [{"model": "sft+", "task": "mmlu", "value": 0.4}],
     }
     out.mkdir()
     for stem, rows in tables.items():
         (out / f"{stem}.json").write_text(json.dumps({"rows": rows}))
 
 
-FINISHED = ["transfer", "curve", "stability", "guard", "alignment_tax"]
+FINISHED = [
+    "transfer", "curve", "stability", "guard", "alignment_tax", "distribution", "judge_agreement", "competition",
+    "ability-sft-patched",
+]  # fmt: skip
 
 
 def compare(source, out: Path, **options) -> list[dict]:
@@ -516,34 +619,60 @@ def compare(source, out: Path, **options) -> list[dict]:
 def test_comparison_has_measured_and_published_numbers(tmp_path):
     rows = compare("llama2-7b", tmp_path / "out")
 
-    def row(quantity: str, model: str, prompt_set: str) -> dict:
+    def row(quantity: str, model: str, prompt_set: str = "") -> dict:
         (match,) = [r for r in rows if (r["what"], r["model"]) == (quantity, model) and r["set"].startswith(prompt_set)]
         return match
 
     cost = row("mean cost", "sft+", "harmbench")
-    assert (cost["published"], cost["measured"], cost["table"]) == (-7.2, 0.5, "Table 1")
+    assert (cost["published"], cost["measured"], cost["table"]) == (-7.2, 0.5, "Table 8")
     assert cost["difference"] == pytest.approx(7.7)
     assert row("mean cost", "dpo", "redteam")["measured"] == 0.5
     effect = row("effect (Eq. 4)", "base+", "beavertails")
-    assert effect["published"] == pytest.approx((-5.7 - 2.2) / (-11.8 - 2.2))
-    assert effect["measured"] == 0.8
-    (curve,) = [r for r in rows if r["what"].startswith("share of the safety gain")]
-    assert (curve["published"], curve["measured"], curve["set"], curve["model"]) == (0.9, 0.7, "b, 6.0%", "sft")
+    assert (effect["published"], effect["measured"], effect["table"]) == (0.56, 0.8, "Table 1")
+    curves = {r["model"]: r for r in rows if r["what"].startswith("share of the safety gain that 5.7%")}
+    assert (curves["sft"]["published"], curves["sft"]["measured"], curves["sft"]["set"]) == (1.01, 0.7, "b, 6.0%")
+    assert (curves["base"]["published"], curves["base"]["measured"]) == (0.56, 0.3)
     (overlap,) = [r for r in rows if r["what"].startswith("overlap")]
     assert (overlap["bound"], overlap["published"], overlap["measured"]) == ("at least", 0.95, 0.91)
-    assert {r["measured"] for r in rows if r["what"].startswith("mean accuracy")} == {0.75}
+    (guard,) = [r for r in rows if r["what"].startswith("mean accuracy")]
+    assert (guard["published"], guard["bound"], guard["measured"], guard["difference"]) == (0.762, "", 0.75, None)
     tax = row("change of mean cost", "helpful to safe", "beavertails")
-    assert (tax["published"], tax["measured"]) == (-7.3, -5.0)
-    assert row("change of mean reward", "safe to helpful", "helpful")["measured"] is None
-    assert {r["difference"] is None for r in rows if r["measured"] is None} == {True}
-    assert {r["difference"] is None for r in rows if r["measured"] is not None} == {False}
+    assert (tax["published"], tax["measured"], tax["table"], tax["difference"]) == (7.3, 5.0, "Table 3", None)
+    assert row("change of mean cost", "safe to helpful", "beavertails")["measured"] == -9.0
+    assert row("change of mean reward", "safe to helpful", "beavertails")["measured"] is None
+    assert row("skewness of the change scores", "")["difference"] == pytest.approx(6.0 - 6.99)
+    assert row("mean cost, competition", "patched", "redteam")["published"] == -11.09
+    assert row("accuracy", "sft+", "mmlu")["measured"] == 0.4
+    baseline = row("effect (Eq. 4), first 5 % by sn-tune", "sft", "redteam")
+    assert (baseline["published"], baseline["measured"]) == (0.3, None)
+    assert {r["difference"] for r in rows if r["measured"] is None} == {None}
+
+
+def test_difference_is_left_out_where_the_protocol_deviates(tmp_path):
+    rows = [row for row in compare("llama2-7b", tmp_path / "out") if row["measured"] is not None]
+    compared = {row["what"].partition(",")[0] for row in rows if row["difference"] is not None}
+    assert compared == {
+        "mean cost",
+        "perplexity",
+        "effect (Eq. 4)",
+        "share of the safety gain that 5.7% of the neurons recover",
+        "overlap of the first 20000 neurons of two training seeds",
+        "Spearman correlation over the common ones",
+        "skewness of the change scores",
+        "fraction of the ranked neurons with a change score above 0.1",
+    }
+    others = {row["table"] for row in rows if row["difference"] is None}
+    assert others == {"text, safeguard", "Table 3", "text, E.1", "Table 10, E.4", "Table 8"}, "Table 8: ability"
 
 
 def test_number_of_another_model_has_no_difference(tmp_path):
-    """Table 1 has numbers of Mistral; the numbers in the text are Llama2's."""
+    """Table 8 has numbers of Mistral; those of the text are Llama2's."""
     rows = [row for row in compare("mistral-7b", tmp_path / "out") if row["measured"] is not None]
-    assert {row["published_of"] for row in rows} == {"mistral-7b", "llama2-7b"}
-    assert all((row["difference"] is None) == (row["published_of"] == "llama2-7b") for row in rows)
+    assert {"mistral-7b", "llama2-7b"} <= {row["published_of"] for row in rows}
+    assert {row["published_of"] for row in rows if row["difference"] is not None} == {"mistral-7b"}
+    effect = next(row for row in rows if (row["what"], row["model"]) == ("effect (Eq. 4)", "sft+"))
+    assert effect["published"] == pytest.approx((-12.9 + 7.6) / (-13.5 + 7.6))
+    assert effect["table"] == "Table 8, Eq. 4"
 
 
 @pytest.mark.parametrize(
@@ -556,14 +685,15 @@ def test_number_of_another_model_has_no_difference(tmp_path):
         ("[config]\nmodel = 'other'", ["model"]),
         ("[config.settings.transfer]\nk = 10", ["settings"]),
         ("[training.settings]\nepochs = 1.0", ["training"]),
+        ("[ability]\ntasks = {}", ["ability"]),
     ],
 )
 def test_difference_is_computed_for_the_shipped_preset_only(tmp_path, change, differences):
     path = tmp_path / "mine.toml"
     path.write_text(f"extends = 'llama2-7b'\n{change}")
     assert paper_comparison.list_differences(Pipeline(load_preset(str(path)), tmp_path / "o")) == differences
-    rows = [row for row in compare(path, tmp_path / "out") if row["measured"] is not None]
-    assert all((row["difference"] is None) == bool(differences) for row in rows)
+    rows = compare(path, tmp_path / "out")
+    assert all(row["difference"] is None for row in rows) == bool(differences)
 
 
 @pytest.mark.parametrize(
@@ -771,7 +901,10 @@ def test_killed_run_resumes(small_preset, capsys):
     assert load_experiment_config(out / "experiment.toml").donor == "dpo"
 
     report = (out / "report.md").read_text()
-    assert "| mean cost | dpo | beavertails |  | -11.80 |" in report
+    assert "## Measured and published" not in report, "the demo is not the paper's model"
+    assert "| mean cost | dpo | beavertails | -11.80 | llama2-7b | Table 8 |" in report
+    assert "## Known deviations of the presets from the paper" in report
+    assert "weight decay 0 towards 0" in report
     assert "sft-1: provided, not trained here" in report
     assert "2 training seeds: overlap" in report
     table = (out / "reproduction.csv").read_text()

@@ -325,8 +325,8 @@ def test_equal_requests_are_generated_once(engine, chats, ranking, tmp_path, mon
 
 def test_each_donor_strength_and_sample_is_a_point(engine, chats, ranking, tmp_path):
     config = SweepConfig(
-        ("sft", "base"), ("dpo", "sft"), (70,), strengths=(1, 0.5), controls=1, extra_controls=(), samples=3, resamples=50,
-        sampling=Sampling(temperature=1.0, max_tokens=6, seed=5),
+        ("sft", "base"), ("dpo", "sft"), (70,), strengths=(1, 0.5), controls=1, extra_controls=(), samples=3,
+        resamples=50, sampling=Sampling(temperature=1.0, max_tokens=6, seed=5),
     )  # fmt: skip
     result = run(engine, chats, ranking, tmp_path, config=config)
     patched = [(r.recipient, r.donor, r.strength, r.control_seed) for r in result.rows if r.ranking]

@@ -543,6 +543,7 @@ def test_objectives_match_paper():
     assert {name: (data.source, data.split) for name, data in OBJECTIVES.items()} == {
         "safety": ("hh-harmless", "train"),
         "helpful": ("hh-helpful", "train"),
+        "harmless-helpful": ("hh", "train"),
         "shp": ("shp", "train"),
         "reasoning": ("reward-bench", "filtered"),
         "stack-exchange": ("stack-exchange", "train"),
