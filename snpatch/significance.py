@@ -53,7 +53,7 @@ def paired_share_p(x: ArrayLike, y: ArrayLike) -> float | None:
 
 
 def control_p(patched: ArrayLike, controls: ArrayLike, direction: float, clusters: Clusters = None) -> float | None:
-    """Return p of the one-sided test that a ranking moves the mean further than one more random draw would.
+    """Return p of the one-sided test that a ranking moves the mean further than a random draw.
 
     From MIN_RANKED_DRAWS draws on it is the rank of the ranking among them, (1 + draws that move the mean at least as
     far) / (1 + draws). With fewer it is a t-test, t = (own - mean of the draws' means) / sqrt(e^2 + s^2 (1 + 1/draws))
@@ -87,7 +87,7 @@ def control_p(patched: ArrayLike, controls: ArrayLike, direction: float, cluster
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Return Holm's adjusted p values, which bound the probability of any false rejection; None stays None."""
+    """Return Holm's adjusted p values, which bound the chance of any false rejection; None stays None."""
 
     def adjust(values: np.ndarray) -> np.ndarray:
         order = np.argsort(values)

@@ -73,7 +73,7 @@ def interval(
     resamples: int = RESAMPLES,
     confidence: float = CONFIDENCE,
 ) -> Interval:
-    """Return a statistic of paired samples and its bootstrap interval over prompts, or over clusters of them.
+    """Return a statistic of paired samples and its bootstrap interval over prompts or clusters.
 
     The interval is a percentile interval. The seed is fixed.
 

@@ -24,12 +24,14 @@ class CompetitionSettings(SweepSettings):
         donor: Name of the contrast whose donor is copied from.
         k: Number of neurons: an int, or a fraction of the ranked neurons.
         benchmarks: Prompt sets; empty for the config's benchmarks.
+        extra_controls: See SweepConfig.
     """
 
     recipient: str = "helpful"
     donor: str = "harmless-helpful"
     k: int | float = 20_000
     benchmarks: tuple[str, ...] = ()
+    extra_controls: tuple[str, ...] = ()
 
 
 def run(context: ExperimentContext, settings: CompetitionSettings) -> Report:

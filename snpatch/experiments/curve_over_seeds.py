@@ -21,7 +21,8 @@ from snpatch.report.formatting import (
     to_plot_label,
 )
 from snpatch.report.report import Report, Row, TableView
-from snpatch.statistics import UNDEFINED, Interval, half_width, paired_p
+from snpatch.significance import paired_p
+from snpatch.statistics import UNDEFINED, Interval, half_width
 from snpatch.sweeps.sweep import SweepResult
 
 
@@ -32,10 +33,12 @@ class CurveOverSeedsSettings(SweepSettings):
     Args:
         prompts: Prompt set of the experiment config; empty for its first benchmark.
         k: Numbers of neurons: ints, or floats that are fractions of the ranked neurons.
+        extra_controls: See SweepConfig.
     """
 
     prompts: str = ""
     k: tuple[int | float, ...] = PAPER_K
+    extra_controls: tuple[str, ...] = ()
 
 
 def run(context: ExperimentContext, settings: CurveOverSeedsSettings) -> Report:

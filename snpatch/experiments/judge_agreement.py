@@ -28,6 +28,7 @@ class JudgeAgreementSettings(SweepSettings):
         prompts: Prompt set of the experiment config; empty for its first benchmark.
         k: Number of neurons: an int, or a fraction of the ranked neurons.
         controls: Random controls.
+        extra_controls: See SweepConfig.
     """
 
     judges: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class JudgeAgreementSettings(SweepSettings):
     prompts: str = ""
     k: int | float = 20_000
     controls: int = 0
+    extra_controls: tuple[str, ...] = ()
 
 
 def run(context: ExperimentContext, settings: JudgeAgreementSettings) -> Report:

@@ -23,12 +23,14 @@ class ModelPairsSettings(SweepSettings):
         prompts: Prompt set of the experiment config; empty for its first benchmark.
         k: Numbers of neurons: ints, or floats that are fractions of the ranked neurons.
         controls: Random controls.
+        extra_controls: See SweepConfig.
     """
 
     models: tuple[str, ...] = ()
     prompts: str = ""
     k: tuple[int | float, ...] = (20_000,)
     controls: int = 0
+    extra_controls: tuple[str, ...] = ()
 
 
 def run(context: ExperimentContext, settings: ModelPairsSettings) -> Report:

@@ -19,12 +19,14 @@ class SpecificitySettings(SweepSettings):
         prompts: Prompt set that is evaluated; empty for the first benchmark.
         k: Numbers of neurons: ints, or floats that are fractions of the ranked neurons.
         controls: Random controls.
+        extra_controls: See SweepConfig.
     """
 
     contrast_prompts: tuple[str, ...] = ()
     prompts: str = ""
     k: tuple[int | float, ...] = (2_000, 6_000, 10_000, 14_000, 20_000)
     controls: int = 0
+    extra_controls: tuple[str, ...] = ()
 
 
 def run(context: ExperimentContext, settings: SpecificitySettings) -> Report:

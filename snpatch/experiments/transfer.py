@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 
 from matplotlib.figure import Figure
 
-from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config, describe_neurons
+from snpatch.experiments.common.sweep_headline import describe_neurons
+from snpatch.experiments.common.sweep_report import SweepSettings, build_sweep_config
 from snpatch.experiments.context import ExperimentContext
 from snpatch.patching.patch import Patch
 from snpatch.ranking.ranking import Ranking
@@ -61,7 +62,7 @@ def run(context: ExperimentContext, settings: TransferSettings) -> Report:
 
 
 def _describe_recipient(context: ExperimentContext, results: dict[str, SweepResult], recipient: str) -> str:
-    """Write the sentence of a recipient: its effects on all benchmarks, and those without an established gap."""
+    """Write the sentence of a recipient: its effects, and benchmarks without an established gap."""
     cost, donor = context.config.cost, context.config.donor
     rows = {name: result.line(cost, recipient, "safety")[0] for name, result in results.items()}
     effects = [row.effect for row in rows.values() if row.effect is not None]

@@ -54,7 +54,7 @@ class Point:
 
     @property
     def curve_key(self) -> tuple:
-        """Key that the point has in common with the other windows of its curve, and with their controls."""
+        """Key that the point has in common with the other windows of its curve and their controls."""
         return self.recipient, self.patch and self.patch.donor, self.strength, self.ranking
 
     @property

@@ -223,7 +223,7 @@ def build_rows(
         indices = shared & is_scored[[*compared.values(), *draws, *largest]].all(axis=0)
         figures = compare_scores(
             **{name: scores[compared_index, indices] for name, compared_index in compared.items()},
-            controls=scores[np.ix_(draws, indices.nonzero()[0])] if draws else None,
+            controls=scores[draws][:, indices] if draws else None,
             magnitude=scores[largest[0], indices] if largest else None,
             is_coherent=coherence.is_coherent(index)[indices],
             clusters=_select(clusters, indices),
@@ -317,11 +317,11 @@ def compare_scores(
 def find_shared_prompts(scores: np.ndarray) -> np.ndarray:
     """Return a mask of the prompts with a score at every point that has at least half of its scores."""
     is_scored = ~np.isnan(scores)
-    return is_scored[is_scored.mean(axis=1) >= MIN_COMPLETE_SHARE].all(axis=0)
+    return np.all(is_scored[is_scored.mean(axis=1) >= MIN_COMPLETE_SHARE], axis=0)
 
 
 def find_controls(points: Sequence[Point], scores: np.ndarray, kind: str) -> dict[tuple, list[int]]:
-    """Return the indices of each window's controls of a kind, without those that lack half of their scores."""
+    """Return the indices of each window's controls of a kind that have at least half of their scores."""
     is_usable = (~np.isnan(scores)).mean(axis=1) >= MIN_COMPLETE_SHARE
     controls: dict[tuple, list[int]] = {}
     for index, point in enumerate(points):
@@ -353,7 +353,8 @@ def build_notes(
         rough = f"; fewer than {MIN_CLUSTERS} make them rough" if num_clusters < MIN_CLUSTERS else ""
         notes.append(f"{set_name}: intervals are over {num_clusters} clusters of prompts{rough}")
     unpatched = {point.recipient: scores[index] for index, point in enumerate(points) if point.patch is None}
-    pairs = {(point.recipient, point.patch.donor): None for point in points if point.patch is not None}
+    labels = [point.labels for point in points if point.patch is not None]
+    pairs = dict.fromkeys((label["recipient"], label["donor"]) for label in labels)
     for recipient, donor in pairs:
         differences = unpatched[donor] - unpatched[recipient]
         indices = shared & ~np.isnan(differences)
@@ -386,7 +387,7 @@ def _compare_windows(
             rows[index] = replace(rows[index], q_vs_random=q, p_holm_vs_random=p_holm)
         banded = [index for index in indices if rows[index].prompts == shared.sum()]
         band = simultaneous_band(
-            scores[np.ix_(banded, shared.nonzero()[0])],
+            scores[banded][:, shared],
             clusters=_select(clusters, shared),
             resamples=config.resamples,
             confidence=config.confidence,

@@ -80,6 +80,14 @@ class SweepResult:
             config = replace(self.config, recipients=recipients, donors=(donor,), strengths=(strength,))
             yield label, replace(self, config=config, rows=rows)
 
+    def is_reported(self, judge: str) -> bool:
+        """Return whether a slice has a table, plots and sentences for a judge.
+
+        Scores of harmless prompts, and refusals, are columns of the other rows.
+        """
+        config = self.config
+        return not config.harmless or (self.sets != [config.harmless] and judge != config.refusal_judge)
+
     def baseline(self, model: str, judge: str) -> Row:
         """Return the row of an unpatched model."""
         return next(r for r in self.rows if r.ranking is None and (r.recipient, r.judge) == (model, judge))

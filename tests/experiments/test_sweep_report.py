@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from snpatch.experiments.common.sweep_report import build_headline, build_sweep_report, choose_window
+from snpatch.experiments.common.sweep_headline import build_headline, choose_window
+from snpatch.experiments.common.sweep_report import build_sweep_report
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.rows import Row
 from snpatch.sweeps.sweep import SweepResult

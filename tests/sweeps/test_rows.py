@@ -64,11 +64,11 @@ def test_rows_compare_each_window_with_unpatched_models_and_controls(points, sco
         options = {"resamples": 200}
         assert (row.effect, row.effect_low, row.effect_high) == causal_effect(own[k], recipient, donor)
         net = net_effect(own[k], controls[k], recipient, donor, **options)
-        assert (row.net_effect, row.net_effect_low, row.net_effect_high) == net
+        assert (row.net_effect, row.net_effect_low, row.net_effect_high) == pytest.approx(net)
         gap = estimate_gap(recipient, donor)
         assert (row.gap, row.gap_low, row.gap_high, row.gap_t) == (*gap.difference, gap.t)
         assert row.p_vs_unpatched == paired_p(own[k], recipient)
-        assert row.p_vs_random == control_p(own[k], controls[k], -1)
+        assert row.p_vs_random == pytest.approx(control_p(own[k], controls[k], -1))
         assert row.share_above_0 == (own[k] > 0).mean()
         assert row.p_share_above_0 == paired_share_p(own[k] > 0, recipient > 0)
         assert (row.neuron_fraction, row.ranked_fraction, row.controls) == (k / 120, k / 80, 3)
@@ -79,8 +79,8 @@ def test_windows_of_a_curve_are_corrected_and_banded_together(points, scores):
     _, _, own, controls = split(points, scores)
     rows = [row for row in build(points, scores) if row.ranking and row.control_seed is None]
     p_values = [control_p(own[k], controls[k], -1) for k in own]
-    assert [row.q_vs_random for row in rows] == false_discovery_rate(p_values)
-    assert [row.p_holm_vs_random for row in rows] == holm(p_values)
+    assert [row.q_vs_random for row in rows] == pytest.approx(false_discovery_rate(p_values))
+    assert [row.p_holm_vs_random for row in rows] == pytest.approx(holm(p_values))
     band = simultaneous_band(np.array([*own.values()]), resamples=200)
     assert np.array([(row.mean, row.band_low, row.band_high) for row in rows]) == pytest.approx(np.array(band))
     assert all(row.band_low < row.mean_low < row.mean_high < row.band_high for row in rows)
@@ -119,7 +119,7 @@ def test_control_that_mostly_failed_is_not_compared_with(points, scores):
     scores[failed] = np.nan
     row = next(row for row in build(points, scores) if row.ranking and row.rank_hi == 4)
     assert (row.controls, row.failed) == (2, 0)
-    assert row.net_effect == net_effect(own[4], controls[4][[0, 2]], recipient, donor).value
+    assert row.net_effect == pytest.approx(net_effect(own[4], controls[4][[0, 2]], recipient, donor).value)
 
 
 def test_row_without_established_gap_has_no_effect(points, scores):

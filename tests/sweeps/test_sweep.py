@@ -15,7 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save
 
 from snpatch import Engine, Patch, Ranking, Sampling, SnpatchError, Window
-from snpatch.experiments.common.sweep_report import build_headline, build_sweep_report
+from snpatch.experiments.common.sweep_headline import build_headline
+from snpatch.experiments.common.sweep_report import build_sweep_report
 from snpatch.report import files, terminal
 from snpatch.significance import control_p, paired_p
 from snpatch.sweeps.config import SweepConfig
@@ -267,7 +268,7 @@ def test_overlapping_controls_are_compared_and_noted_once(overlapping, overlap):
     for row in overlapping.rows:
         if row.ranking and row.rank_hi == 600 and row.control_seed is None:
             random = [scores[row.recipient, seed, 600] for seed in range(3)]
-            assert row.p_vs_random == control_p(scores[row.recipient, None, 600], random, row.gap)
+            assert row.p_vs_random == pytest.approx(control_p(scores[row.recipient, None, 600], random, row.gap))
             assert row.net_effect is not None
     whole, note, *_ = overlapping.notes
     assert whole == (
@@ -415,7 +416,7 @@ def test_p_values_compare_with_recipient_and_random_neurons(engine, ranking):
     recipient_scores = np.array(scores["sft", None, None, 0, 0])
     random_scores = [scores["sft", "safety", seed, 70, 300] for seed in range(2)]
     assert row.p_vs_unpatched == paired_p(patched_scores, recipient_scores)
-    assert row.p_vs_random == control_p(patched_scores, random_scores, row.gap)
+    assert row.p_vs_random == pytest.approx(control_p(patched_scores, random_scores, row.gap))
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 0).p_vs_unpatched is None
     assert next(r for r in result.rows if r.ranking and r.rank_hi == 1408).p_vs_random is None
 
