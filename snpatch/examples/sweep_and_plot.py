@@ -26,9 +26,14 @@ def main() -> None:
         windows = [round(share * len(ranking)) for share in (0, 0.02, 0.05, 0.1, 0.2, 0.4)]
         config = SweepConfig(("sft",), "dpo", windows, controls=2, sampling=sampling)
         result = sweep(engine, prompts, {"safety": ranking}, {"cost": cost}, config, store="sweep")
-    lines = {None: "top k", 0: "random neurons, seed 0", 1: "random neurons, seed 1"}
-    for seed, label in lines.items():
-        rows = result.line("cost", "sft", "safety", seed)
+    lines = {
+        "top k": (None, None),
+        "random neurons": ("per_layer", 0),
+        "random neurons, again": ("per_layer", 1),
+        "largest activations": ("magnitude", None),
+    }
+    for label, control in lines.items():
+        rows = result.line("cost", "sft", "safety", *control)
         points = [(row.rank_hi, row.mean) for row in rows if row.mean is not None]
         plt.plot([k for k, _ in points], [mean for _, mean in points], "o-", label=label)
     dpo = result.baseline("dpo", "cost").mean

@@ -268,7 +268,10 @@ class _Team:
                 time.sleep(generation.POLL_SECONDS)
 
     def read(self, readings: list[Reading]) -> Iterator[tuple[Reading, float]]:
-        """Yield the log-probability of each reading; the replicas read equal parts of them, and generate no more."""
+        """Yield the log-probability of each reading.
+
+        The replicas read equal parts, and generate no more.
+        """
         ray.get(self._shared_queue.close.remote())  # an actor runs one method at a time
         actors = list(self._actors.values())
         parts = [readings[number :: len(actors)] for number in range(len(actors))]

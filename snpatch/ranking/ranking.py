@@ -358,7 +358,7 @@ class Ranking:
         return self._of_control(window, kind, lambda own: controls.draw(own, self.shape, **options), meta)
 
     def magnitude_control(self, window: Window | int | tuple[int, int]) -> "Ranking":
-        """Return the neurons with the largest activations of the recipient, in each layer as many as a window has.
+        """Return the neurons with the recipient's largest activations, as many of each layer as a window has.
 
         It needs no donor: a ranking that finds more than large activations must do better. The neurons may be the
         window's own.

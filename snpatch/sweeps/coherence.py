@@ -132,7 +132,7 @@ def read_missing(
 
 
 def load_logprobs(store: Store, fingerprints: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Return the stored mean log-probability per token of each completion, by model, then by the completion's key."""
+    """Return stored log-probabilities per token, by the model that read, then by the completion's key."""
     return {model: store.scores(_logprob_key(fingerprint)) for model, fingerprint in fingerprints.items()}
 
 

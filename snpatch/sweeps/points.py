@@ -49,7 +49,7 @@ class Point:
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Names of the unpatched models whose texts a patched text is compared with; none for an unpatched model."""
+        """Names of the unpatched models that read a patched text; none for an unpatched model."""
         return () if self.patch is None else (self.recipient, str(self.patch.donor))
 
     @property
@@ -162,7 +162,10 @@ def _draw_random_controls(ranking: Ranking, window: Window, config: SweepConfig)
 def _choose_extra_controls(
     ranking: Ranking, window: Window, config: SweepConfig, random: list[_Selection]
 ) -> tuple[list[_Selection], dict[str, str]]:
-    """Return the other controls of a window, and by kind why there are none; a window of no neurons needs none."""
+    """Return the other controls of a window, and by kind why there are none.
+
+    A window of no neurons needs none.
+    """
     chosen: list[_Selection] = []
     reasons: dict[str, str] = {}
     if not len(window):
@@ -183,7 +186,7 @@ def _choose_extra_controls(
 
 
 def _equalize_energy(ranking: Ranking, window: Window, control: _Selection) -> _Selection:
-    """Return a random control with the strength at which it changes activations as much as the window does."""
+    """Return a random control with a strength at which it changes activations as much as the window."""
     own, others = ranking.energy(ranking, window), ranking.energy(control.neurons, control.window)
     if own is None or not others:
         raise SnpatchError("expected a ranking with the statistics of a pair, and neurons that differ between them")

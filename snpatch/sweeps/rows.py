@@ -174,7 +174,7 @@ class Coherence:
     ) -> None:
         self._points, self._records, self._num_prompts, self._unpatched = points, records, num_prompts, unpatched
 
-    def figures(self, index: int) -> dict[str, float | None]:
+    def figures(self, index: int) -> dict[str, Any]:
         """Return a point's figures: those of its texts, their log-probability, and the share that is broken."""
         point, records = self._points[index], self._records[index]
         logprobs = get_logprobs(records, point.readers or self._unpatched)
@@ -187,7 +187,7 @@ class Coherence:
 
     def is_coherent(self, index: int) -> np.ndarray:
         """Return a mask of the prompts none of whose texts is broken."""
-        return ~self._is_broken(index).reshape(self._num_prompts, -1).any(axis=1)
+        return ~np.any(self._is_broken(index).reshape(self._num_prompts, -1), axis=1)
 
     def _is_broken(self, index: int) -> np.ndarray:
         pair = self._points[index].readers

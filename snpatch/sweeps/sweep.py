@@ -92,10 +92,14 @@ class SweepResult:
         """Return the row of an unpatched model."""
         return next(r for r in self.rows if r.ranking is None and (r.recipient, r.judge) == (model, judge))
 
-    def line(self, judge: str, recipient: str, ranking: str) -> list[Row]:
-        """Return the rows of a ranking's windows, without controls, sorted by the window's end."""
-        key = judge, recipient, ranking, None
-        rows = [row for row in self.rows if (row.judge, row.recipient, row.ranking, row.control) == key]
+    def line(
+        self, judge: str, recipient: str, ranking: str, control: str | None = None, control_seed: int | None = None
+    ) -> list[Row]:
+        """Return the rows of a ranking's windows, or of one of their controls, sorted by the window's end."""
+        key = judge, recipient, ranking, control, control_seed
+        rows = [
+            row for row in self.rows if (row.judge, row.recipient, row.ranking, row.control, row.control_seed) == key
+        ]
         return sorted(rows, key=lambda row: (row.rank_hi, row.rank_lo))
 
     def controls(self, row: Row, kind: str | None = None) -> list[Row]:
@@ -269,13 +273,15 @@ def build_result(
     store: Store,
     fingerprints: Mapping[str, str],
 ) -> SweepResult:
-    """Judge the stored completions of a sweep, and compare them. fingerprints: those of its models, by name."""
+    """Judge a sweep's stored completions and compare them. fingerprints: of its models, by name."""
     flat_records = chain.from_iterable(generation.build_records(plan.tasks, store))
     records = [{**record, **labels} for record, labels in zip(flat_records, plan.labels, strict=True)]
     judging.judge_all(records, judges, store)
     logprobs = coherence.load_logprobs(store, fingerprints)
     for record, task in zip(records, plan.flat_tasks, strict=True):
-        record["logprobs"] = {model: values.get(task.key) for model, values in logprobs.items()}
+        record["logprobs"] = {
+            model: None if task.key is None else values.get(task.key) for model, values in logprobs.items()
+        }
     shape = (len(plan.points), sum(plan.sets.values()), config.samples)
     num_texts = shape[1] * shape[2]
     by_point = [records[start : start + num_texts] for start in range(0, len(records), num_texts)]
@@ -297,7 +303,7 @@ def build_result(
 def _estimate_refusals(
     plan: SweepPlan, records: Sequence[dict], config: SweepConfig, shape: tuple[int, int, int]
 ) -> list[dict[str, float | None]]:
-    """Return, for each point, the share of the harmless prompts that it refuses, with its interval."""
+    """Return the share of the harmless prompts that each point refuses, with its interval."""
     if not config.harmless:
         return [UNDEFINED.columns("harmless_refused")] * len(plan.points)
     names = list(plan.sets)

@@ -91,7 +91,7 @@ def _describe_row(result: SweepResult, row: Row) -> str:
 
 
 def _describe_side_effects(result: SweepResult, row: Row) -> str:
-    """Return the share of broken texts if it is above BROKEN_LIMIT, and that of harmless prompts that are refused."""
+    """Return the share of broken texts above BROKEN_LIMIT, and that of harmless prompts that are refused."""
     text = ""
     if row.broken is not None and row.broken > BROKEN_LIMIT:
         effect = "none" if row.effect_coherent is None else format_percent(row.effect_coherent)

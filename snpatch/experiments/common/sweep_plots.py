@@ -96,7 +96,7 @@ def _is_curve(result: SweepResult) -> bool:
 
 
 def _draw_effects(axis: Axes, result: SweepResult, judge: str, recipient: str) -> None:
-    """Draw effects with and without broken texts, and the shares of broken texts and refused harmless prompts."""
+    """Draw effects with and without broken texts, and the shares of broken texts and of refusals."""
     is_curve = _is_curve(result)
     for number, ranking in enumerate(result.rankings):
         line = [row for row in result.line(judge, recipient, ranking) if row.rank_lo == 0 or not is_curve]

@@ -14,6 +14,7 @@ from snpatch.report.formatting import (
     describe_score,
     format_p_value,
     format_percent,
+    format_value,
     format_with_interval,
 )
 from snpatch.report.report import Report, TableView
@@ -109,14 +110,14 @@ def _build_table(result: SweepResult, judge: str, label: str) -> TableView:
     columns = {
         "recipient": lambda row: row.recipient,
         "neurons (of all)": lambda row: _describe_window(row, len(result.rankings) > 1),
-        f"mean {certainty}": lambda row: format_with_interval(asdict(row), "mean"),
+        "mean": lambda row: format_value(row.mean),
         f"effect {certainty}": lambda row: _format_effect(row),
-        "p (q) vs random": _format_p_vs_random,
+        "q vs random": lambda row: format_p_value(row.q_vs_random),
     }
     if any(row.broken for row in rows):
         columns["broken"] = lambda row: "" if row.broken is None else f"{row.broken:.0%}"
     if result.config.harmless:
-        columns["over-refusal"] = lambda row: "" if row.harmless_refused is None else f"{row.harmless_refused:.0%}"
+        columns["refuses"] = lambda row: "" if row.harmless_refused is None else f"{row.harmless_refused:.0%}"
     if any(row.failed for row in rows):
         columns["failed"] = lambda row: row.failed or ""
     title = f"mean {describe_score(judge)}" + (f", {label}" if label else "")
@@ -132,12 +133,6 @@ def _describe_window(row: Row, names_ranking: bool) -> str:
 
 def _format_effect(row: Row) -> str:
     return "" if row.effect is None else format_with_interval(asdict(row), "effect", format_percent)
-
-
-def _format_p_vs_random(row: Row) -> str:
-    if row.p_vs_random is None:
-        return ""
-    return f"{format_p_value(row.p_vs_random)} ({format_p_value(row.q_vs_random)})"
 
 
 def _describe_failures(result: SweepResult) -> list[str]:
