@@ -18,6 +18,7 @@ from snpatch.sweeps.store import Store
 from snpatch.utils.optional import require
 
 BROKEN_PERCENTILE = 1.0  # of the unpatched models' own texts: a patched text below it is broken
+ROUNDING = 1e-3  # nats per token, by which readings of one text differ between batches
 STORED_BATCH_SIZE = 256  # readings that are stored at a time
 
 
@@ -150,12 +151,13 @@ def find_broken(logprobs: np.ndarray, own_logprobs: np.ndarray) -> np.ndarray:
 
     Args:
         logprobs: Log-probabilities per token [records]; a text without one (NaN) is not broken.
-        own_logprobs: Those of the unpatched models' own texts, whose first percentile is the limit.
+        own_logprobs: Those of the unpatched models' own texts, whose first percentile is the limit (of fewer than 100
+            texts, the least likely one).
     """
     own_logprobs = own_logprobs[~np.isnan(own_logprobs)]
     if not len(own_logprobs):
         return np.zeros(len(logprobs), dtype=bool)
-    return logprobs < np.percentile(own_logprobs, BROKEN_PERCENTILE)
+    return logprobs < np.percentile(own_logprobs, BROKEN_PERCENTILE, method="lower") - ROUNDING
 
 
 def describe_texts(records: Sequence[Mapping]) -> dict[str, float | None]:

@@ -62,7 +62,8 @@ SAMPLING = {
 SWEEP = {
     "recipients": ["base"], "donors": ["base"], "windows": [5], "strengths": [2.0], "controls": 1, "disjoint": False,
     "control_kind": "everywhere", "positions": "prompt", "samples": 2, "resamples": 9, "confidence": 0.5,
-    "sets": ["more"], "judges": ["second"],
+    "extra_controls": ["matched"], "coherence": False, "report_k": 3, "cluster_by": "kind", "harmless": "more",
+    "refusal_judge": "second", "sets": ["more"], "judges": ["second"],
 }  # fmt: skip
 TOP = {"model": "m2", "template": "tulu"}
 MODEL = {"model": "m", "adapters": {"sft": ["a"]}, "models": {"dpo": {"checkpoint": "w"}}}
@@ -70,7 +71,7 @@ MODEL = {"model": "m", "adapters": {"sft": ["a"]}, "models": {"dpo": {"checkpoin
 SWEEP_FILE = {
     **MODEL,
     "sets": {"few": {"source": "p.jsonl"}, "more": {"source": "q.jsonl"}},
-    "judges": {"cost": {"source": "c"}, "second": {"source": "d"}},
+    "judges": {"cost": {"source": "c"}, "second": {"source": "d"}, "refusal": {"source": "refusal"}},
     "rankings": {"fresh": {"recipient": "sft", "donor": "dpo", "prompts": "few"}},
     "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [0, 1]},
     "sampling": {"temperature": 0.5},
@@ -113,6 +114,7 @@ EXPERIMENT_KEYS = {
     path: value for path, value in SWEEP_KEYS.items() if path[0] not in ("sweep", "sampling", "rankings")
 } | {
     ("max_tokens",): 7,
+    ("harmless",): "more",
     ("recipients",): ["sft"],
     ("benchmarks",): ["more"],
     ("seeds", "1"): {"recipient": "sft", "donor": "dpo", "prompts": "few"},
@@ -225,7 +227,7 @@ def test_backend_of_experiment_config_is_the_contexts(backend, tmp_path):
 
 OTHER = {  # values of settings that not every value of their type is valid for
     "positions": "prompt", "control_kind": "everywhere", "class_weight": "balanced", "bos_each_window": True,
-    "confidence": 0.5, "threshold": 0.25,
+    "confidence": 0.5, "threshold": 0.25, "activations": "fitted", "extra_controls": ["matched"],
 }  # fmt: skip
 
 
@@ -247,7 +249,7 @@ def test_settings_of_an_experiment_change_and_are_read(name):
     default, attributes = experiments.parse_settings(name, {}), _attributes_of_experiment(name)
     for field in fields(default):
         value = getattr(default, field.name)
-        new_value = change_value(field.name, value) if value != () else ["few"]
+        new_value = change_value(field.name, value) if value != () or field.name in OTHER else ["few"]
         assert experiments.parse_settings(name, {field.name: new_value}) != default, field.name
         assert field.name in attributes, f"{name} does not read {field.name}"
 

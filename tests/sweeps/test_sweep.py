@@ -462,13 +462,13 @@ def test_rows_count_broken_texts_and_compare_the_others(engine, ranking):
         values = [engine.logprobs(prompts, model, completions=texts) for model in ("sft", "dpo")]
         return np.array([[float(v.values.mean()) for v in by_model] for by_model in values]).max(axis=0)
 
-    limit = np.percentile(likelier(own), 1)
+    limit = likelier(own).min()  # the first percentile of ten texts
     num_broken = 0
     for (strength, k), row in by_strength.items():
         records = [r for r in constants.records if (r["strength"], r["rank_hi"]) == (strength, k)]
         logprobs = likelier(records)
         assert row.logprob == pytest.approx(logprobs.mean(), abs=1e-4)
-        is_broken = logprobs < limit - 1e-4
+        is_broken = logprobs < limit - 1e-3
         assert row.broken == pytest.approx(is_broken.mean())
         assert row.coherent_prompts == (~is_broken).sum()
         assert row.mean_tokens == np.mean([len(r["token_ids"]) for r in records])
