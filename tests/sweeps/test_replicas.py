@@ -25,10 +25,11 @@ def replicas() -> list[int]:
 
 
 def read_rows(path) -> list[dict]:
-    """Return a table's rows; log-probabilities depend on the batch by rounding."""
+    """Return a table's rows; what is computed from activations depends on the batch by rounding."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{**row, "logprob": f"{float(row['logprob']):.3f}"} for row in rows]
+    rounded = ("logprob", "energy")
+    return [{**row, **{name: f"{float(row[name] or 0):.3f}" for name in rounded}} for row in rows]
 
 
 def count_texts(out) -> int:
