@@ -47,7 +47,7 @@ def test_contrast_then_generate_then_sweep(request, capsys, prompts, tmp_path, b
                          "--limit", 3, "-o", folder, "--json")  # fmt: skip
     assert code == 0, err
     rows = json.loads(out)["tables"]["sweep"]
-    assert [(r["recipient"], r["ranking"], r["rank_lo"], r["rank_hi"]) for r in rows if r["control_seed"] is None] == [
+    assert [(r["recipient"], r["ranking"], r["rank_lo"], r["rank_hi"]) for r in rows if r["control"] is None] == [
         ("sft", None, 0, 0), ("dpo", None, 0, 0),
         ("sft", "safety", 0, 0), ("sft", "safety", 70, 281), ("sft", "safety", 0, 281),
     ]  # fmt: skip

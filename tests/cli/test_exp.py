@@ -93,11 +93,17 @@ def test_sweep_file_is_run_resumed_and_exported(capsys, prompts, ranking, tmp_pa
     code, out_text, err = run(capsys, "sweep", path, "--trust-config", "-o", out, "--json")
     assert code == 0, err
     rows = json.loads(out_text)["tables"]["sweep"]
-    points = {(r["ranking"], r["control_seed"], r["rank_lo"], r["rank_hi"], r["strength"]) for r in rows}
+    points = {(r["ranking"], r["control"], r["control_seed"], r["rank_lo"], r["rank_hi"], r["strength"]) for r in rows}
     patched = {
-        (n, s, *w, x) for n in ("safety", "own") for s in (None, 0) for w in ((0, 0), (10, 70)) for x in (1, 0.5)
+        (n, *c, *w, x)
+        for n in ("safety", "own")
+        for c in ((None, None), ("per_layer", 0), ("magnitude", None))
+        for w in ((0, 0), (10, 70))
+        for x in (1, 0.5)
     }
-    assert points == {(None, None, 0, 0, None), *patched}
+    # No neurons need no control, and the file of safety has no statistics.
+    patched -= {p for p in patched if p[1] == "magnitude" and (p[0] == "safety" or p[4] == 0)}
+    assert points == {(None, None, None, 0, 0, None), *patched}
     assert {(r["set"], r["prompts"]) for r in rows} == {("few", 2), ("more", 3)}
     assert {r["judge"] for r in rows} == {"cost", "refused"}
     assert {f.name for f in out.glob("sweep-*.png")} >= {

@@ -84,9 +84,7 @@ def test_every_experiment_writes_table_and_plot(folder):
 def test_curve_of_safety_neurons_recovers_more_than_random(folder):
     rows = table(folder, "curve")
     sft = {
-        row["rank_hi"]: row
-        for row in rows
-        if row["recipient"] == "sft" and row["ranking"] and row["control_seed"] is None
+        row["rank_hi"]: row for row in rows if row["recipient"] == "sft" and row["ranking"] and row["control"] is None
     }
     assert sft[0]["effect"] == 0
     assert sft[2560]["effect"] > 0.9
@@ -97,12 +95,12 @@ def test_curve_of_safety_neurons_recovers_more_than_random(folder):
     assert sft[512]["net_effect_low"] > 0.3
     assert sft[0]["p_vs_random"] is None
     assert sft[512]["p_share_above_0"] < 0.001
-    random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control_seed"] is not None]
+    random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control"] == "per_layer"]
     assert all(abs(effect) < 0.2 for effect in random)
 
 
 def test_sliding_window_at_lower_ranks_has_less_effect(folder):
-    rows = [row for row in table(folder, "sliding_window") if row["recipient"] == "sft" and row["control_seed"] is None]
+    rows = [row for row in table(folder, "sliding_window") if row["recipient"] == "sft" and row["control"] is None]
     effects = {row["rank_lo"]: row["effect"] for row in rows if row["ranking"]}
     assert list(effects) == [0, 768, 1536, 2304]
     assert effects[0] > max(effects[lo] for lo in (768, 1536, 2304))

@@ -565,6 +565,7 @@ def write_tables(out: Path, config) -> None:
                 **point,
                 "recipient": recipient,
                 "judge": judge,
+                "control": None if seed is None else "per_layer",
                 "control_seed": seed,
                 "neuron_fraction": share,
                 "effect": effect,
