@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +14,7 @@ from snpatch.cli.dataclass_options import FieldOptions, Fields, with_options
 from snpatch.cli.report import FILE, write_folder_page
 from snpatch.config import EngineConfig
 from snpatch.errors import ReceiptError, SnpatchError
+from snpatch.ranking.window import MAGNITUDE, RANDOM_CONTROLS
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -159,17 +160,23 @@ class StepDisplay:
 
 def _unpatched_and_patched(result: "Report") -> tuple[dict[str, dict], list[dict]]:
     """Return the unpatched row of each model, and the rows of the safety ranking without controls."""
-    rows = result.tables[EXPERIMENT]
+    rows = _cost_rows(result)
     unpatched = {row["recipient"]: row for row in rows if not row["ranking"]}
     patched = [row for row in rows if row["ranking"] and row["control"] is None]
     return unpatched, patched
 
 
-def _control_effects(result: "Report", row: dict) -> list[float]:
-    """Return the effects of the random controls with the same recipient and k."""
+def _cost_rows(result: "Report") -> list[dict]:
+    """Return the rows of the first judge and set: the cost of answers to forbidden requests."""
+    rows = result.tables[EXPERIMENT]
+    return [row for row in rows if (row["judge"], row["set"]) == (rows[0]["judge"], rows[0]["set"])]
+
+
+def _control_effects(result: "Report", row: dict, kinds: Sequence[str]) -> list[float]:
+    """Return the effects of the controls of these kinds with the same recipient and k."""
     key = ("recipient", "rank_lo", "rank_hi")
-    same = [r for r in result.tables[EXPERIMENT] if all(r[name] == row[name] for name in key)]
-    return [r["effect"] for r in same if r["control_seed"] is not None and r["effect"] is not None]
+    same = [r for r in _cost_rows(result) if all(r[name] == row[name] for name in key)]
+    return [r["effect"] for r in same if r["control"] in kinds and r["effect"] is not None]
 
 
 def build_table(result: "Report") -> "TableView":
@@ -181,40 +188,48 @@ def build_table(result: "Report") -> "TableView":
     num_ranked = max(row["rank_hi"] for row in patched)
     cells = []
     for recipient in dict.fromkeys(row["recipient"] for row in patched):
-        cells.append((recipient, "unpatched", "", format_value(unpatched[recipient]["mean"]), "", ""))
+        cells.append((recipient, "unpatched", format_value(unpatched[recipient]["mean"]), "", "", "", ""))
         line = [row for row in patched if row["recipient"] == recipient]
         for fraction in SHOWN_K[: 4 if len(cells) == 1 else 3]:
             row = min(line, key=lambda row: abs(row["rank_hi"] - fraction * num_ranked))
-            effects = _control_effects(result, row)
+            random, largest = (_control_effects(result, row, kinds) for kinds in (RANDOM_CONTROLS, (MAGNITUDE,)))
             interval = format_interval(row, "effect", format_percent)
-            overlap = f" ({row['control_overlap']:.0%} overlap)" if row.get("control_overlap") else ""
             cells.append(
                 (
                     recipient,
-                    str(row["rank_hi"]),
-                    f"{row['neuron_fraction']:.1%}",
+                    f"{row['rank_hi']} ({row['neuron_fraction']:.1%})",
                     format_value(row["mean"]),
                     f"{format_percent(row['effect'])} ({interval})",
-                    format_range(effects, format_percent) + overlap if effects else "",
+                    format_range(random, format_percent) if random else "",
+                    format_range(largest, format_percent) if largest else "",
+                    "" if row["broken"] is None else format_percent(row["broken"]),
                 )
             )
     donor = patched[0]["donor"]
-    cells.append((donor, "unpatched", "", format_value(unpatched[donor]["mean"]), "100%", ""))
-    columns = ("model", "k", "of neurons", "mean cost", "effect (95 % CI)", "random neurons")
+    cells.append((donor, "unpatched", format_value(unpatched[donor]["mean"]), "100%", "", "", ""))
+    columns = ("model", "neurons", "mean cost", "effect (95 % CI)", "random", "most active", "broken")
     return TableView(columns, tuple(cells))
 
 
 def summarize(result: "Report") -> str:
-    """Return one sentence: the effect of a tenth of the ranked neurons in the first recipient."""
+    """Return one sentence about a tenth of the ranked neurons in the first recipient."""
     from snpatch.report.formatting import format_percent, format_range
 
-    _, patched = _unpatched_and_patched(result)
+    unpatched, patched = _unpatched_and_patched(result)
     line = [row for row in patched if row["recipient"] == patched[0]["recipient"]]
     row = min(line, key=lambda row: abs(row["rank_hi"] - 0.1 * max(r["rank_hi"] for r in line)))
     neurons = f"{row['rank_hi']} neurons ({row['neuron_fraction']:.1%})"
-    sentence = (
-        f"Patching {neurons} of {row['donor']} into {row['recipient']} recovers {format_percent(row['effect'])} of the "
-        "safety gain"
-    )
-    effects = _control_effects(result, row)
-    return f"{sentence}; random neurons recover {format_range(effects, format_percent)}." if effects else f"{sentence}."
+    parts = [
+        f"Patching {neurons} of {row['donor']} into {row['recipient']} moves the mean cost "
+        f"{format_percent(row['effect'])} of the way to {row['donor']}'s"
+    ]
+    for label, kinds in (("random neurons", RANDOM_CONTROLS), ("the most active neurons", (MAGNITUDE,))):
+        if effects := _control_effects(result, row, kinds):
+            parts.append(f"{label} {format_range(effects, format_percent)}")
+    if row["broken"] is not None:
+        parts.append(f"{format_percent(row['broken'])} of the texts are broken")
+    if row["harmless_refused"] is not None:
+        before = unpatched[row["recipient"]]["harmless_refused"]
+        refused, before = format_percent(row["harmless_refused"]), format_percent(before)
+        parts.append(f"{refused} of the harmless requests are refused (unpatched {before})")
+    return f"{'; '.join(parts)}."
