@@ -16,7 +16,7 @@ const strengths = distinct(patched.map(row => row.strength)).sort((a, b) => a - 
 const strength = fillSelect(byId("strength"), strengths,
   {label: value => formatValue(value, true), selected: strengths.indexOf(1)});
 const estimate = fillSelect(byId("estimate"),
-  ["mean", "effect", "net_effect"].filter(name => name === "mean" || data.rows.some(row => isDefined(row[name]))),
+  Object.keys(ESTIMATES).filter(name => name === "mean" || data.rows.some(row => isDefined(row[name]))),
   {label: name => ESTIMATES[name].label});
 const scale = fillSelect(byId("scale"), data.rows.some(row => isDefined(row.ranking)) ? SCALES : []);
 let panels = [], headlineWindow = () => null, recipient = () => null;
@@ -56,15 +56,20 @@ const completionsButton = (recipient, row, ...content) => {
   return button;
 };
 
-/** Create the part of a card that states a ranking's effect and those of its random controls. */
+/** Create the part of a card that states a ranking's effect, those of its controls, and its side effects. */
 const effectButton = (row, controls, name) => {
-  const effects = controls.map(control => control.effect).filter(isDefined);
-  const range = effects.length ? formatRange(effects, formatPercent) : controls.length ? "undefined" : "none";
+  const kinds = Object.groupBy(controls, controlName);
+  const lines = ["random controls", ...Object.keys(kinds).filter(kind => kind !== "random controls")].map(kind => {
+    const effects = (kinds[kind] ?? []).map(control => control.effect).filter(isDefined);
+    return `${kind}: ${effects.length ? formatRange(effects, formatPercent) : kinds[kind] ? "undefined" : "none"}`;
+  });
+  if (isDefined(row.broken)) lines.push(`broken texts: ${formatPercent(row.broken)}`);
+  if (isDefined(row.harmless_refused)) lines.push(`harmless prompts refused: ${formatPercent(row.harmless_refused)}`);
   return completionsButton(row.recipient, row,
     element("strong", {}, formatPercent(row.effect)), ` ${formatInterval(row, "effect", formatPercent)}`,
     !isDefined(row.effect) && isDefined(row.gap_t) ?
       element("div", {}, `gap not established: t = ${row.gap_t.toFixed(1)}`) : "",
-    element("div", {}, `effect of ${name}`), element("div", {}, `random controls: ${range}`),
+    element("div", {}, `effect of ${name}`), ...lines.map(line => element("div", {}, line)),
     row.failed ? element("div", {}, `on ${row.state}`) : "");
 };
 

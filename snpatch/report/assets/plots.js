@@ -63,6 +63,9 @@ const ESTIMATES = {
   mean: {label: "mean score", format: formatValue},
   effect: {label: "effect", format: formatPercent, levels: [0, 1], tickformat: ".0%"},
   net_effect: {label: "net effect", format: formatPercent, levels: [], tickformat: ".0%"},
+  effect_coherent: {label: "effect, without broken texts", format: formatPercent, levels: [0, 1], tickformat: ".0%"},
+  broken: {label: "broken texts", format: formatPercent, levels: [], tickformat: ".0%"},
+  harmless_refused: {label: "harmless prompts refused", format: formatPercent, tickformat: ".0%"},
 };
 
 /** Return the distance from an estimate to one end of its interval, low or high. */
