@@ -58,10 +58,10 @@ const completionsButton = (recipient, row, ...content) => {
 
 /** Create the part of a card that states a ranking's effect, those of its controls, and its side effects. */
 const effectButton = (row, controls, name) => {
-  const kinds = Object.groupBy(controls, controlName);
-  const lines = ["random controls", ...Object.keys(kinds).filter(kind => kind !== "random controls")].map(kind => {
-    const effects = (kinds[kind] ?? []).map(control => control.effect).filter(isDefined);
-    return `${kind}: ${effects.length ? formatRange(effects, formatPercent) : kinds[kind] ? "undefined" : "none"}`;
+  const lines = distinct(["random controls", ...controls.map(controlName)]).map(kind => {
+    const ofKind = controls.filter(control => controlName(control) === kind);
+    const effects = ofKind.map(control => control.effect).filter(isDefined);
+    return `${kind}: ${effects.length ? formatRange(effects, formatPercent) : ofKind.length ? "undefined" : "none"}`;
   });
   if (isDefined(row.broken)) lines.push(`broken texts: ${formatPercent(row.broken)}`);
   if (isDefined(row.harmless_refused)) lines.push(`harmless prompts refused: ${formatPercent(row.harmless_refused)}`);
