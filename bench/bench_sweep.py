@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from bench_generate import (  # noqa: F401 - fixtures
@@ -32,6 +33,7 @@ from snpatch.judges.factory import open_judge
 from snpatch.sweeps import generation
 from snpatch.sweeps.config import SweepConfig
 from snpatch.sweeps.minimal import find_minimal
+from snpatch.sweeps.queue import WorkQueue
 from snpatch.sweeps.store import Store
 from snpatch.sweeps.sweep import sweep
 
@@ -135,13 +137,17 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 
         return call
 
-    for name in ("keep", "claim", "is_suspect", "ask", "texts", "missing", "name", "keep_scores", "scores", "errors"):
-        monkeypatch.setattr(Store, name, time_method(name, getattr(Store, name)))
+    for owner, names in (
+        (Store, ("add", "completions", "scores", "add_scores", "set_labels", "set_judges")),
+        (WorkQueue, ("claim", "enqueue", "finish", "is_suspect", "num_missing", "errors")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, time_method(name, getattr(owner, name)))
     size = engine.geometry.n_layers * engine.geometry.n_neurons
     ranking = engine.contrast(chats[:20], "sft", "dpo", sampling=Sampling(max_tokens=16), exclude_layers=())
     n = max(1, MANY // len(chats))
-    config = SweepConfig(("sft",), "dpo", tuple(1 + i * (size - 1) // n for i in range(n)), controls=0, resamples=10,
-                         sampling=Sampling(max_tokens=24))  # fmt: skip
+    config = SweepConfig(("sft",), "dpo", tuple(1 + i * (size - 1) // n for i in range(n)), controls=0,
+                         extra_controls=(), coherence=False, resamples=10, sampling=Sampling(max_tokens=24))  # fmt: skip
     seconds = []
 
     def run():
@@ -159,6 +165,25 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
                                  "again_s": seconds[1]})  # fmt: skip
 
 
+def test_readings(benchmark, demo, tmp_path):
+    """Seconds in which both unpatched models read the completions of a sweep, against those of generating them."""
+    engine, chats = demo
+    ranking = engine.contrast(chats[:20], "sft", "dpo", sampling=Sampling(max_tokens=16))
+    ks = tuple(round(len(ranking) * i / 20) for i in range(3 if IS_REHEARSAL else 21))
+    config = SweepConfig(("sft",), "dpo", ks, controls=0, extra_controls=(), coherence=False, resamples=10,
+                         sampling=Sampling(max_tokens=24))  # fmt: skip
+    start = time.perf_counter()
+    sweep(engine, chats, {"safety": ranking}, {"length": judge}, config, store=tmp_path)
+    generation_s = time.perf_counter() - start
+    read = replace(config, coherence=True)
+    result = benchmark.pedantic(
+        sweep, (engine, chats, {"safety": ranking}, {"length": judge}, read), {"store": tmp_path}, rounds=1
+    )
+    assert all(len(record["logprobs"]) == 2 for record in result.records)
+    info = {"side": "readings", "texts": len(result.records), "generation_s": generation_s}
+    benchmark.extra_info.update({**about(), **info})
+
+
 def test_minimal(benchmark, demo, tmp_path):
     """Search for the smallest k that recovers 90 %, and compare with the whole grid.
 
@@ -171,7 +196,8 @@ def test_minimal(benchmark, demo, tmp_path):
     contrast = load_dataset(experiment.resolve_path(experiment.sets[experiment.safety.prompts].source)).prompts
     ranking = engine.contrast(contrast, "sft", "dpo", sampling=Sampling(max_tokens=experiment.contrast_tokens))
     ks = tuple(round(len(ranking) * i / 24) for i in range(25))
-    config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, sampling=Sampling(max_tokens=experiment.max_tokens))
+    config = SweepConfig(("sft", "base"), "dpo", ks, controls=0, extra_controls=(), coherence=False,
+                         sampling=Sampling(max_tokens=experiment.max_tokens))  # fmt: skip
     grid = sweep(engine, chats, {"safety": ranking}, {"cost": cost}, config, store=tmp_path / "grid")
 
     def search():
@@ -179,7 +205,7 @@ def test_minimal(benchmark, demo, tmp_path):
 
     for result in benchmark.pedantic(search, rounds=1):
         line = grid.line("cost", result.recipient, "safety")
-        exact = next((row.rank_hi for row in line if row.effect >= 0.9), None)
+        exact = next((row.rank_hi for row in line if row.effect is not None and row.effect >= 0.9), None)
         minimal = result.search
         record = {"k": minimal.k, "low": minimal.low, "high": minimal.high, "used": minimal.used, "full": minimal.full}
         benchmark.extra_info[result.recipient] = {**record, "rounds": minimal.rounds, "whole_grid": exact}
@@ -193,6 +219,7 @@ def test_two_processes(benchmark, tmp_path):
         "config": "demo", "engine": {"enforce_eager": not GPU},
         "rankings": {"safety": {"recipient": "sft", "donor": "dpo", "prompts": "contrast"}},
         "sweep": {"recipients": ["sft"], "donors": ["dpo"], "windows": [16 * i for i in range(size)], "controls": 0,
+                  "extra_controls": [], "coherence": False,
                   "sets": [load_experiment_config("demo").benchmarks[0]], "judges": ["cost"]},
     }  # fmt: skip
     (tmp_path / "spec.json").write_text(json.dumps(spec))

@@ -165,6 +165,10 @@ def sweeps_table(runs: list[Measurement]) -> str:
                 ("of which CPU time in the store", f"{i['store_s']:.2f} s ({i['store_share']:.1%})"),
                 ("the same command again, from the store", f"{i['again_s']:.1f} s"),
             ]
+        if run.info.get("side") == "readings":
+            share = run.seconds / run.info["generation_s"]
+            texts = f"both unpatched models read {run.info['texts']} completions"
+            rows.append((texts, f"{run.seconds:.1f} s ({share:.0%} of the time to generate and judge them)"))
         if run.info.get("side") == "two processes":
             texts = f"{run.info['texts']} completions by two processes on one folder, including start and end"
             rows.append((texts, f"{run.seconds:.0f} s (one process: {run.info['one_s']:.0f} s)"))

@@ -83,12 +83,12 @@ def _build_headline(lines: list[dict], changes: Tensor | None) -> list[str]:
     first = lines[0]
     name = f"layer {first['layer']}, neuron {first['neuron']} ranks first"
     if changes is None:
-        cause = "its own output, because the ranking has no mean activations of both models"
+        cause = "its own output (the ranking has no mean activations of both models)"
     else:
         cause = f"its mean change of {first['mean_change']:+.3g} from recipient to donor"
     return [
-        f"{name}; {cause}, promotes: {first['promoted']}.",
-        f"{name}; {cause}, suppresses: {first['suppressed']}.",
+        f"{name}; {cause} promotes: {first['promoted']}.",
+        f"{name}; {cause} suppresses: {first['suppressed']}.",
     ]
 
 

@@ -6,22 +6,25 @@ import shutil
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from snpatch import cli, experiments
+from snpatch import Constant, ExperimentContext, Patch, cli, experiments, load_experiment_config
 from snpatch.demo import DEMO_MODEL
 from snpatch.guard.guard import Guard
 from snpatch.report.folder_page import load_page
+from snpatch.sweeps.coherence import find_broken, get_logprobs
 
 NAMES = [name for name in experiments.NAMES if name != "competition"]  # needs a model that the demo lacks
 SETS = tomllib.loads((DEMO_MODEL / "experiment.toml").read_text())["settings"]["guard"]["prompts"]
 SMALLER = {  # so that all of them take half a minute
     "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
-    "[0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
-    "stride = 0.05": "stride = 0.3\ncontrols = 1",
+    "[0.0, 0.01, 0.02, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
+    "stride = 0.05": "stride = 0.3",
+    "controls = 2\nextra_controls = []": "controls = 1\nextra_controls = []",
     "[settings.alignment_tax]": "[settings.alignment_tax]\ncontrols = 1",
     "k = [0.0, 0.05, 0.1, 0.2, 0.5, 1.0]": "k = [0.0, 0.2]",
-    "k = [1, 5, 20, 50, 100, 200]\ncontrols = 2": "k = [1, 50]\ncontrols = 1\nresamples = 100",
+    "k = [1, 5, 20, 50, 100, 200]": "k = [1, 50]\ncontrols = 1\nresamples = 100",
     "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
 }
 LIMIT = 24  # prompts of each set
@@ -82,7 +85,7 @@ def test_every_experiment_writes_table_and_plot(folder):
 
 
 def test_curve_of_safety_neurons_recovers_more_than_random(folder):
-    rows = table(folder, "curve")
+    rows = [row for row in table(folder, "curve") if (row["judge"], row["set"]) == ("cost", "beavertails")]
     sft = {
         row["rank_hi"]: row for row in rows if row["recipient"] == "sft" and row["ranking"] and row["control"] is None
     }
@@ -97,6 +100,62 @@ def test_curve_of_safety_neurons_recovers_more_than_random(folder):
     assert sft[512]["p_share_above_0"] < 0.001
     random = [row["effect"] for row in rows if row["recipient"] == "sft" and row["control"] == "per_layer"]
     assert all(abs(effect) < 0.2 for effect in random)
+    (largest,) = (r for r in rows if (r["recipient"], r["control"], r["rank_hi"]) == ("sft", "magnitude", 512))
+    assert 0.3 < largest["effect"] < sft[512]["effect"], "large activations alone do much of it"
+    assert largest["energy"] > 20 * next(
+        row["energy"] for row in rows if row["control"] == "per_layer" and row["energy"]
+    )
+    assert sft[512]["net_of_magnitude"] == pytest.approx(sft[512]["effect"] - largest["effect"])
+    assert sft[512]["broken"] < 0.3
+    assert {row["harmless_refused"] for row in rows if row["recipient"] == "sft"} == {0.0}, "of look-alike requests"
+
+
+def test_ablation_with_the_recipients_own_mean_is_reported_as_broken(demo_config, tmp_path):
+    """Half of its effect is not safety: no text is one that an unpatched model would write."""
+    with ExperimentContext(load_experiment_config(demo_config), tmp_path, backend="transformers", limit=16) as context:
+        engine, ranking, prompts = context.engine, context.ranking(), context.prompts("beavertails")
+        ids = engine.encode(prompts, "sft")
+        patches = {
+            "sft": "sft",
+            "dpo": "dpo",
+            "dynamic": Patch("sft", "dpo", ranking, 256),
+            "own mean": Patch("sft", Constant.mean(ranking), ranking, 256),
+        }
+        texts = {name: engine.generate(ids, patch, context.sampling) for name, patch in patches.items()}
+        cost = {name: np.mean(context.judge("cost")(*judged(prompts, texts[name]))) for name in patches}
+        records = {
+            name: [
+                {"logprobs": dict(zip(("sft", "dpo"), pair, strict=True))} for pair in read(engine, ids, completions)
+            ]
+            for name, completions in texts.items()
+        }
+    own = np.concatenate([get_logprobs(records[name], ("sft", "dpo")) for name in ("sft", "dpo")])
+    broken = {name: find_broken(get_logprobs(records[name], ("sft", "dpo")), own).mean() for name in patches}
+    assert (cost["sft"] - cost["own mean"]) / (cost["sft"] - cost["dpo"]) > 0.3
+    assert broken["own mean"] > 0.9
+    assert broken["dynamic"] < 0.3
+    assert broken["sft"] == broken["dpo"] == 0, "their least likely text is the limit"
+
+
+def judged(prompts, completions) -> tuple[list[str], list[str]]:
+    return [prompt[-1]["content"] for prompt in prompts], [completion.text for completion in completions]
+
+
+def read(engine, ids, completions) -> list[tuple[float, ...]]:
+    """Return the log-probability per token of each completion under sft and dpo."""
+    token_ids = [completion.token_ids for completion in completions]
+    read_by = [engine.logprobs(ids, model, completions=token_ids) for model in ("sft", "dpo")]
+    return [tuple(float(values.values.mean()) for values in pair) for pair in zip(*read_by, strict=True)]
+
+
+def test_complement_of_the_top_neurons_has_little_effect(folder):
+    rows = {(row["patch"], row["recipient"], row["donor"], row["k"]): row for row in table(folder, "necessity")}
+    assert len(rows) == 2 * 4 * 3
+    top, rest = (rows[kind, "sft", "dpo", 512] for kind in ("top k", "all but the top k"))
+    reverse, masked = rows["reverse", "dpo", "sft", 512], rows["masked adapter", "sft", "dpo", 512]
+    assert top["effect"] > 0.6 > 0.3 > rest["effect"]
+    assert reverse["effect"] > 0.6
+    assert masked["effect"] == pytest.approx(top["effect"], abs=0.1), "95 % of the change are the neurons' factors"
 
 
 def test_sliding_window_at_lower_ranks_has_less_effect(folder):
