@@ -146,8 +146,9 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
     size = engine.geometry.n_layers * engine.geometry.n_neurons
     ranking = engine.contrast(chats[:20], "sft", "dpo", sampling=Sampling(max_tokens=16), exclude_layers=())
     n = max(1, MANY // len(chats))
-    config = SweepConfig(("sft",), "dpo", tuple(1 + i * (size - 1) // n for i in range(n)), controls=0,
-                         extra_controls=(), coherence=False, resamples=10, sampling=Sampling(max_tokens=24))  # fmt: skip
+    windows = tuple(1 + i * (size - 1) // n for i in range(n))
+    config = SweepConfig(("sft",), "dpo", windows, controls=0, extra_controls=(), coherence=False, resamples=10,
+                         sampling=Sampling(max_tokens=24))  # fmt: skip
     seconds = []
 
     def run():
