@@ -308,26 +308,6 @@ def effect_over_seeds(effects: ArrayLike, prompt_error: float = 0.0, *, confiden
     return Interval(value, value - half, value + half)
 
 
-def half_width(values: ArrayLike, tail: float, population: int | None = None) -> float:
-    """Return half the width of the t-interval of a mean.
-
-    It is infinite for fewer than two values of a larger population.
-
-    Args:
-        values: The sample.
-        tail: Probability of each side.
-        population: Number of values that the sample was drawn from without replacement; None: infinite.
-    """
-    values = np.asarray(values, dtype=float)
-    n = len(values)
-    if n == population:
-        return 0.0
-    if n < 2:
-        return math.inf
-    left = 1.0 if population is None else (population - n) / (population - 1)
-    return float(student.isf(tail, n - 1) * values.std(ddof=1) * math.sqrt(left / n))
-
-
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Return the rank correlation of paired values."""
     return float(spearmanr(x, y).statistic)  # pyright: ignore[reportAttributeAccessIssue]  # it has one

@@ -3,7 +3,6 @@
 Why not over prompts: prompts say how well one pair's effect is known, and seeds how far it holds for another training.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -22,7 +21,7 @@ from snpatch.report.formatting import (
 )
 from snpatch.report.report import Report, Row, TableView
 from snpatch.significance import paired_p
-from snpatch.statistics import UNDEFINED, Interval, half_width
+from snpatch.statistics import UNDEFINED, Interval, effect_over_seeds
 from snpatch.sweeps.sweep import SweepResult
 
 
@@ -142,8 +141,7 @@ def _average(values: Sequence[float | None], confidence: float) -> Interval:
     defined = [value for value in values if value is not None]
     if not defined or len(defined) < len(values):
         return UNDEFINED
-    mean, half = float(np.mean(defined)), half_width(defined, (1 - confidence) / 2)
-    return Interval(mean, None, None) if math.isinf(half) else Interval(mean, mean - half, mean + half)
+    return effect_over_seeds(defined, confidence=confidence)
 
 
 def _build_headline(rows: Sequence[Row], confidence: float) -> list[str]:

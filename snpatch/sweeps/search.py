@@ -11,7 +11,6 @@ measured on all prompts; that smaller windows are too small still depends on the
 rises with k: windows on the far side of a decided one are not sampled, and `conflict` lists the evidence against it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,11 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from snpatch.errors import SnpatchError
-from snpatch.statistics import Interval, causal_effect
+from snpatch.statistics import Interval, causal_effect, estimate_gap
 from snpatch.sweeps.sequential_test import Measure, SequentialTest, WindowEstimate
 
 WINDOWS_PER_ROUND = 3
-MIN_GAP_T = 3.0  # paired t of the gap between the models, below which an effect has no denominator
 MIN_FALL_T = 4.0  # paired t of the fall between two windows, from which the effect does not rise with k
 MIN_FALL = 0.02  # size of such a fall, as a fraction of the gap
 MIN_BLOCK_PROMPTS = 4  # two to choose blocks and two to measure them
@@ -215,27 +213,13 @@ def _check_scores(recipient: ArrayLike, donor: ArrayLike) -> tuple[np.ndarray, n
             f"minimal: expected a score of both models for each prompt, got {list(recipient.shape)} and "
             f"{list(donor.shape)}"
         )
-    t = _compute_paired_t(recipient, donor)
-    if not abs(t) >= MIN_GAP_T:
+    gap = estimate_gap(recipient, donor)
+    if not gap.is_established:
         raise SnpatchError(
-            f"minimal: the gap between the two models: expected a paired t of at least {MIN_GAP_T:g} in size, got "
-            f"{t:.2f} over {len(recipient)} prompts. Give more prompts, or a pair that differs more."
+            f"minimal: the gap between the two models over {len(recipient)} prompts is {gap.reason}. Give more prompts, "
+            "or a pair that differs more."
         )
     return recipient, donor
-
-
-def _compute_paired_t(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the paired t of y - x.
-
-    It is 0 if no score differs, and NaN for one prompt or for scores that are not finite.
-    """
-    differences = y - x
-    if len(differences) < 2 or not np.isfinite(differences).all():
-        return math.nan
-    mean, error = differences.mean(), differences.std(ddof=1) / math.sqrt(len(differences))
-    if error == 0:
-        return 0.0 if mean == 0 else math.copysign(math.inf, mean)
-    return float(mean / error)
 
 
 def _choose_windows(
@@ -269,4 +253,5 @@ def _is_fall(test: SequentialTest, smaller: int, larger: int) -> bool:
     """Return whether the effect is clearly lower at the larger window, on the prompts that both have seen."""
     n = min(test.num_seen(smaller), test.num_seen(larger))
     before, after = test.surpluses(smaller)[:n], test.surpluses(larger)[:n]
-    return (before.mean() - after.mean()) / test.gap >= MIN_FALL and _compute_paired_t(after, before) >= MIN_FALL_T
+    fall = estimate_gap(after, before)
+    return (fall.difference.value or 0.0) / test.gap >= MIN_FALL and (fall.t or 0.0) >= MIN_FALL_T
