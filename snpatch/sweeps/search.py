@@ -216,8 +216,8 @@ def _check_scores(recipient: ArrayLike, donor: ArrayLike) -> tuple[np.ndarray, n
     gap = estimate_gap(recipient, donor)
     if not gap.is_established:
         raise SnpatchError(
-            f"minimal: the gap between the two models over {len(recipient)} prompts is {gap.reason}. Give more prompts, "
-            "or a pair that differs more."
+            f"minimal: the gap between the two models over {len(recipient)} prompts is {gap.reason}. Give more "
+            "prompts, or a pair that differs more."
         )
     return recipient, donor
 
