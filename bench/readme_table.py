@@ -297,35 +297,46 @@ def contrast_table(runs: list[Measurement]) -> str:
     return _table(("positions", "positions/s", "memory grew by", "storing all activations would take"), rows)
 
 
+def _read_curve(folder: Path) -> list[dict]:
+    """Return the cost rows of the demo's curve."""
+    rows = json.loads((folder / "curve.json").read_text())["rows"]
+    return [row for row in rows if (row["judge"], row["set"]) == (rows[0]["judge"], rows[0]["set"])]
+
+
 def demo_table(folder: Path = RESULTS / "demo") -> str:
     """Build the table of the demo's sweep."""
-    rows = []
-    for row in json.loads((folder / "curve.json").read_text())["rows"]:
+    rows, cells = _read_curve(folder), []
+    for row in rows:
         if row["ranking"] is None:
-            rows.append((row["recipient"], "unpatched", f"{row['mean']:.2f}", ""))
+            cells.append((row["recipient"], "unpatched", f"{row['mean']:.2f}", "", "", "", ""))
         elif row["control"] is None and 0.03 < row["neuron_fraction"] < 0.2:
             effect = f"{row['effect']:.0%} ({row['effect_low']:.0%} .. {row['effect_high']:.0%})"
-            rows.append(
-                (row["recipient"], f"{row['rank_hi']} ({row['neuron_fraction']:.1%})", f"{row['mean']:.2f}", effect)
-            )
-    return _table(("recipient", "k (fraction of neurons)", "mean cost", "effect (95 % interval)"), rows)
+            neurons = f"{row['rank_hi']} ({row['neuron_fraction']:.1%})"
+            controls = [f"{_control_effect(rows, row, kind):.0%}" for kind in ("per_layer", "magnitude")]
+            cells.append((row["recipient"], neurons, f"{row['mean']:.2f}", effect, *controls, f"{row['broken']:.0%}"))
+    head = ("recipient", "k (fraction of neurons)", "mean cost", "effect (95 % interval)", "random", "most active",
+            "broken texts")  # fmt: skip
+    return _table(head, cells)
 
 
 def curve_sentence(folder: Path = RESULTS / "demo", k: int = 256) -> str:
-    """Build the sentence under the README's plot.
-
-    It gives the safety gain that the top k neurons recover, and that of random neurons.
-    """
-    rows = json.loads((folder / "curve.json").read_text())["rows"]
-    rows = [row for row in rows if row["recipient"] == "sft" and row["rank_hi"] == k]
-    (patched,) = (row for row in rows if row["control"] is None)
-    effects = [row["effect"] for row in rows if row["control"] is not None]
-    random = round(sum(effects) / len(effects), 2) + 0.0  # + 0.0: no "-0%"
-    neurons = f"{k} neurons ({patched['neuron_fraction']:.0%})"
+    """Build the sentence under the README's plot: the effect of the top k neurons and of their controls."""
+    rows = _read_curve(folder)
+    (patched,) = (r for r in rows if (r["recipient"], r["rank_hi"], r["control"]) == ("sft", k, None))
+    random, largest = (_control_effect(rows, patched, kind) for kind in ("per_layer", "magnitude"))
     return (
-        f"Patching {neurons} into the SFT model recovers {patched['effect']:.0%} of the safety gain; {k} random "
-        f"neurons of the same layers recover {random:.0%}."
+        f"Patching {k} neurons ({patched['neuron_fraction']:.0%}) into the SFT model moves its mean cost "
+        f"{patched['effect']:.0%} of the way to DPO's. {k} random neurons of the same layers: {random:.0%}; the {k} most "
+        f"active ones, which need no DPO model to be found: {largest:.0%}. {patched['broken']:.0%} of the patched texts "
+        f"are broken, and {patched['harmless_refused']:.0%} of the look-alike harmless requests are refused."
     )
+
+
+def _control_effect(rows: list[dict], row: dict, kind: str) -> float:
+    """Return the mean effect of a row's controls of a kind."""
+    key = ("recipient", "rank_lo", "rank_hi")
+    effects = [r["effect"] for r in rows if r["control"] == kind and all(r[name] == row[name] for name in key)]
+    return round(sum(effects) / len(effects), 2) + 0.0  # + 0.0: no "-0%"
 
 
 def experiments_table(folder: Path = RESULTS / "demo") -> str:
