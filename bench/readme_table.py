@@ -326,9 +326,9 @@ def curve_sentence(folder: Path = RESULTS / "demo", k: int = 256) -> str:
     random, largest = (_control_effect(rows, patched, kind) for kind in ("per_layer", "magnitude"))
     return (
         f"Patching {k} neurons ({patched['neuron_fraction']:.0%}) into the SFT model moves its mean cost "
-        f"{patched['effect']:.0%} of the way to DPO's. {k} random neurons of the same layers: {random:.0%}; the {k} most "
-        f"active ones, which need no DPO model to be found: {largest:.0%}. {patched['broken']:.0%} of the patched texts "
-        f"are broken, and {patched['harmless_refused']:.0%} of the look-alike harmless requests are refused."
+        f"{patched['effect']:.0%} of the way to DPO's. {k} random neurons of the same layers: {random:.0%}; the {k} "
+        f"most active ones, which need no DPO model to be found: {largest:.0%}. {patched['broken']:.0%} of the patched "
+        f"texts are broken, and {patched['harmless_refused']:.0%} of the look-alike harmless requests are refused."
     )
 
 
