@@ -84,9 +84,9 @@ def _rest_of_request(request: DemoRequest) -> tuple:
 def write_text(out: Path, prompts: dict[str, list[DemoRequest]], count: int, seed: int) -> list[str]:
     """Write `count` documents like the base's pretraining text, and return them.
 
-    The file has the rows of Wikitext-2. Their requests are in no other dataset.
+    The file has the rows of Wikitext-2. Their requests are in no other dataset but the look-alikes, which are newer.
     """
-    used = set(chain(*prompts.values()))
+    used = set(chain(*(requests for name, requests in prompts.items() if name != "lookalike")))
     requests = [request for request in language.requests("eval") if request not in used]
     batches = documents(requests, 8, seed)
     texts = [text.removesuffix("</s>") for text in islice(chain.from_iterable(batches), count)]

@@ -67,13 +67,14 @@ class SweepResult:
 
     def slices(self) -> Iterator[tuple[str, "SweepResult"]]:
         """Yield label and result of each combination of prompt set, donor and strength; each is one curve."""
+        reported_sets = [name for name in self.sets if name != self.config.harmless]
         for name, donor, strength in product(self.sets, self.config.donors, self.config.strengths):
             rows = [
                 row
                 for row in self.rows
                 if row.set == name and (row.ranking is None or (row.donor, row.strength) == (donor, strength))
             ]
-            dimensions = {name: self.sets, f"donor {donor}": self.config.donors}
+            dimensions = {name: reported_sets, f"donor {donor}": self.config.donors}
             dimensions |= {f"strength {strength:g}": self.config.strengths}
             label = ", ".join(value for value, values in dimensions.items() if len(values) > 1)
             recipients = tuple(recipient for recipient in self.config.recipients if recipient != donor)
