@@ -401,7 +401,7 @@ class Ranking:
             SnpatchError: The ranking has neither statistics nor the recipient's moments.
         """
         if self.statistics is not None:
-            return (self.statistics.sums[:, 1] / self.statistics.tokens).sqrt()
+            return self.statistics.recipient_rms()
         if not {"recipient_mean", "recipient_std"} <= self.moments.keys():
             raise SnpatchError(
                 "ranking: expected statistics or moments of the recipient, got none. Make it with Engine.contrast."
