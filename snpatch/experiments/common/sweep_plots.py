@@ -83,6 +83,7 @@ def plot_over_refusal(result: SweepResult, judge: str, label: str = "") -> Figur
         [_or_nan(donor.mean)], [_or_nan(donor.harmless_refused)], "*", color="tab:green", markersize=12, label=name
     )
     axis.set(xlabel=to_plot_label(f"mean {describe_score(judge)}"), ylabel="share of harmless prompts refused")
+    axis.set_ylim(-0.02, 1.02)
     axis.set_title(to_plot_label(label))
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
