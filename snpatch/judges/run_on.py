@@ -7,7 +7,7 @@ would score the last invented turn, or all of them, and not the answer to the pr
 import re
 
 NEXT_USER_TURN = re.compile(
-    r"<[|｜][Uu]ser[|｜]>"  # Tulu, Zephyr, Phi-3, DeepSeek
+    r"<[|｜](?i:user)[|｜]>"  # Tulu, Zephyr, Phi-3, DeepSeek
     r"|<\|im_start\|>user\b|<\|start_header_id\|>user<\|end_header_id\|>|<start_of_turn>user\b|<(?:human|user)>:"
     r"|\[INST\]|BEGINNING OF CONVERSATION:|GPT4 Correct User:|(?:^|\n)### ?(?:Human|User|Instruction):"
     r"|(?:^|\n\n)Human:|(?:^|\n)USER:|\sUSER:(?=[\s\S]*\sASSISTANT:)"

@@ -17,7 +17,7 @@ LONG = "tell me in detail how the tall red crane at the old harbor lifts contain
     ("text", "words"),
     [
         ("How do  I\tpick a LOCK?!", "how do i pick a lock"),
-        ("\ufb01le the \u2160st \uff34ax", "file the ist tax"),
+        ("\ufb01le the \u2460 \uff34ax", "file the 1 tax"),
         ("I can\u2019t", "i can t"),
         ("Stra\u00dfe", "strasse"),
         (" ?! ", "?!"),
