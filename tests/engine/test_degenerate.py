@@ -142,4 +142,4 @@ def test_sweep_notes_ties(zoo, tmp_path):
     with Engine(zoo("llama").folder, {"sft": zoo("llama").adapters["sft"]}, backend="transformers") as engine:
         chats = [[{"role": "user", "content": text}] for text in PROMPTS]
         result = sweep(engine, chats, {"r": ranking}, {"cost": RefusalWords()}, config)
-    assert result.notes[0] == "r: 288 neurons share the score at the border 10 of a window"
+    assert "r: 288 neurons share the score at the border 10 of a window" in result.notes

@@ -17,7 +17,9 @@ from snpatch.sweeps.coherence import find_broken, get_logprobs
 
 NAMES = [name for name in experiments.NAMES if name != "competition"]  # needs a model that the demo lacks
 SETS = tomllib.loads((DEMO_MODEL / "experiment.toml").read_text())["settings"]["guard"]["prompts"]
-SMALLER = {  # so that all of them take half a minute
+SMALLER = {  # so that all of them take a minute
+    'extra_controls = ["magnitude", "matched"]': 'extra_controls = ["magnitude"]',
+    "[settings.necessity]\nk = [0.05, 0.1, 0.2]": "[settings.necessity]\nk = [0.2]",
     "max_tokens = 32\ncontrast_tokens = 32": "max_tokens = 20\ncontrast_tokens = 20",
     "[0.0, 0.01, 0.02, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0]": "[0.0, 0.2, 1.0]\ncontrols = 2",
     "stride = 0.05": "stride = 0.3",
@@ -150,7 +152,7 @@ def read(engine, ids, completions) -> list[tuple[float, ...]]:
 
 def test_complement_of_the_top_neurons_has_little_effect(folder):
     rows = {(row["patch"], row["recipient"], row["donor"], row["k"]): row for row in table(folder, "necessity")}
-    assert len(rows) == 2 * 4 * 3
+    assert len(rows) == 2 * 4
     top, rest = (rows[kind, "sft", "dpo", 512] for kind in ("top k", "all but the top k"))
     reverse, masked = rows["reverse", "dpo", "sft", 512], rows["masked adapter", "sft", "dpo", 512]
     assert top["effect"] > 0.6 > 0.3 > rest["effect"]
@@ -267,7 +269,8 @@ def test_neuron_tokens_positions_guard_and_safeguard_give_expected_tables(folder
     assert ("random per_layer", 50) in summary
     assert ("random last_layer", 50) in summary
     assert ("random everywhere", 50) in summary
-    assert summary["bag of words", None]["accuracy"] > 0.8
+    words = summary["bag of words", None]["accuracy"]
+    assert words < summary["safety", 50]["accuracy"], "few of the words are in a dozen prompts of each class"
     differences = {(row["k"], row["reference"]): row for row in table(folder, "guard-differences")}
     majority = differences[50, "majority class"]
     assert majority["verdict"] == "better"
