@@ -167,7 +167,7 @@ def test_store_of_many_texts(benchmark, demo, tmp_path, monkeypatch):
 
 
 def test_readings(benchmark, demo, tmp_path):
-    """Seconds in which both unpatched models read the completions of a sweep, against those of generating them."""
+    """Time in which both unpatched models read a sweep's completions, against that of generating them."""
     engine, chats = demo
     ranking = engine.contrast(chats[:20], "sft", "dpo", sampling=Sampling(max_tokens=16))
     ks = tuple(round(len(ranking) * i / 20) for i in range(3 if IS_REHEARSAL else 21))

@@ -1,6 +1,5 @@
 """The shipped demo model: known words only, separate datasets, and models and judges with the expected behavior."""
 
-import io
 import itertools
 import json
 import random
@@ -32,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SETS = tuple(WORDINGS)
 GUARDS = tuple(f"guard-{name}" for name in SETS)
 ANSWERED = (*SETS, "helpful")
-ALL_SETS = (*ANSWERED, "contrast", *GUARDS)
+ALL_SETS = (*ANSWERED, "lookalike", "contrast", *GUARDS)
 PAIRS = [("sft", "dpo"), ("sft-1", "dpo-1")]
 REQUESTS = {r.text: r for split in ("train", "contrast", "eval") for r in language.requests(split)}
 
@@ -144,7 +143,8 @@ def test_training_and_held_out_prompts_are_disjoint():
     held_out = [p for s in ALL_SETS for p in read_prompts(s)]
     assert len(set(held_out)) == len(held_out)
     assert not trained & set(held_out)
-    assert not any(prompt in text for text in plain_text() for prompt in held_out)
+    unwritten = [p for s in ALL_SETS if s != "lookalike" for p in read_prompts(s)]  # see write_text
+    assert not any(prompt in text for text in plain_text() for prompt in unwritten)
 
 
 @pytest.mark.parametrize("name", GUARDS)
@@ -305,23 +305,16 @@ def test_demo_table_has_at_most_ten_rows_of_100_columns(recorded_curve, capsys):
     table = demo.build_table(recorded_curve)
     terminal.print_table(table, Console(width=100))
     assert len(table.rows) == 10
-    assert "38% (28% .. 48%)" in capsys.readouterr().out  # no cell is wrapped
-    assert table.rows[2] == ("sft", "256", "8.3%", "-0.75", "64% (54% .. 74%)", "0%")
-    assert table.rows[-1] == ("dpo", "unpatched", "", "-5.10", "100%", "")
-
-
-def test_demo_table_marks_overlapping_controls(recorded_curve):
-    table = demo.build_table(recorded_curve)
-    assert [row[1] for row in table.rows if "overlap" in row[-1]] == ["1280"]
-    assert table.rows[4][-1] == "27% .. 40% (23% overlap)"
-    screen = Console(width=100, file=io.StringIO())
-    terminal.print_table(table, screen)
-    assert "27% .. 40% (23% overlap)" in screen.file.getvalue()  # no cell is wrapped
+    assert "38% (28% .. 49%)" in capsys.readouterr().out  # no cell is wrapped
+    assert table.rows[2] == ("sft", "256 (8.3%)", "-0.75", "64% (54% .. 75%)", "0%", "41%", "8%")
+    assert table.rows[-1] == ("dpo", "unpatched", "-5.10", "100%", "", "", "")
 
 
 def test_demo_summary_has_the_effect_of_a_tenth_of_the_neurons(recorded_curve):
     assert demo.summarize(recorded_curve) == (
-        "Patching 256 neurons (8.3%) of dpo into sft recovers 64% of the safety gain; random neurons recover 0%."
+        "Patching 256 neurons (8.3%) of dpo into sft moves the mean cost 64% of the way to dpo's; random neurons 0%; "
+        "the most active neurons 41%; 8% of the texts are broken; 0% of the harmless requests are refused (unpatched "
+        "0%)."
     )
 
 

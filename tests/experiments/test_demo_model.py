@@ -26,7 +26,7 @@ SMALLER = {  # so that all of them take a minute
     "controls = 2\nextra_controls = []": "controls = 1\nextra_controls = []",
     "[settings.alignment_tax]": "[settings.alignment_tax]\ncontrols = 1",
     "k = [0.0, 0.05, 0.1, 0.2, 0.5, 1.0]": "k = [0.0, 0.2]",
-    "k = [1, 5, 20, 50, 100, 200]": "k = [1, 50]\ncontrols = 1\nresamples = 100",
+    "k = [1, 5, 20, 50, 100, 200]": "k = [1, 50]\ncontrols = 2\nresamples = 100",
     "effect_k = [0.05, 0.1, 0.2]": "effect_k = [0.1]",
 }
 LIMIT = 24  # prompts of each set

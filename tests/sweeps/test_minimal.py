@@ -299,7 +299,7 @@ def test_smallest_window_with_scores_that_rise_with_the_donor():
 )
 def test_smallest_window_with_invalid_input_raises(change, message):
     arguments = {"measure": lambda pairs: [0.0] * len(pairs), "ks": [1, 2], "recipient": [1.0, 2.0, 3.0],
-                 "donor": [0.0, 0.0, 0.0], **change}  # fmt: skip
+                 "donor": [-9.0, -8.0, -7.5], **change}  # fmt: skip
     with pytest.raises(SnpatchError, match=message):
         find_smallest_window(**arguments)
 

@@ -488,7 +488,7 @@ def test_pairs_without_an_answer_are_counted_everywhere(toy, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["dpo", "DATA", "--objective", "safety"], "--objective: expected no DATA with --objective, got both"),
-        (["dpo", "--objective", "kindness"], "objective: expected one of safety, helpful, shp, reasoning, stack-"),
+        (["dpo", "--objective", "kindness"], "objective: expected one of safety, helpful, harmless-helpful, shp"),
         (["dpo", "DATA", "--sft", "nowhere"], "nowhere: neither adapter_model.safetensors nor adapter_model.bin"),
         (["dpo", "nowhere.jsonl"], "nowhere.jsonl: expected a file or a dataset"),
         (["sft", "DATA"], "DATA.jsonl has no responses to train on"),

@@ -57,7 +57,7 @@ GOLDEN = {
     "patch": "34a61df1fb208a71302d608c62bdc125",
     "ranking": "681a8184c8549d21",
     "window": "ff43c83a2f280875",
-    "contrast": "d0c319d5883ae327",
+    "contrast": "3d3a1fc8c8317cba",
     "sampling": "1cbf6cf9afb1ee25",
     "tensor": "ab25350e3e65efeb",
 }

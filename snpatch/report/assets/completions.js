@@ -36,7 +36,8 @@ const openCompletions = async () => {
 const pointLabel = (point, donor) => {
   if (!isDefined(point.ranking)) return `${point.recipient}, unpatched${point.recipient === donor ? ", donor" : ""}`;
   const seed = isDefined(point.control_seed) ? ` ${point.control_seed}` : "";
-  const control = isControl(point) ? `${controlName(point)}${seed} of ` : "";
+  const kind = CONTROL_NAMES[point.control] ?? "random control";
+  const control = isControl(point) ? `${kind}${seed} of ` : "";
   return `${windowLabel(point)}, ${control}${point.ranking}`;
 };
 
